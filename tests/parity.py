@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Access to the numbers of the published implementation, and the comparison with them."""
+
+import contextlib
+import importlib.util
+import json
+import pathlib
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FULL = ROOT.parent / 'shared' / 'parity'  # All files, where the project's shared folder lies beside the checkout.
+SUBSET = ROOT / 'tests' / 'data' / 'parity'  # What every clone has.
+
+# Largest deviation over the root mean square of the reference: a few times the reference's own noise floor.
+TOLERANCE = {'exact': 0.0, 'op': 2e-6, 'network': 1e-5, 'image': 5e-5, 'gradient': 1e-4}
+deviations: dict[str, tuple[float, str]] = {}
+
+
+def golden_recipe():
+    """Return the module that regenerates weights, inputs and draws of the parity files."""
+    path = (FULL if FULL.is_dir() else SUBSET) / 'golden_recipe.py'
+    spec = importlib.util.spec_from_file_location('golden_recipe', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = golden_recipe()
+
+
+def parity_file(name: str) -> pathlib.Path:
+    """Return a parity file, from the full set or the subset of the clone; skip the test where neither has it."""
+    for folder in (FULL, SUBSET):
+        if (folder / name).exists():
+            return folder / name
+    pytest.skip(f'{name} is not in the subset that a bare clone has (tests/data/parity)')
+
+
+def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return description and arrays of a parity file."""
+    info = json.loads(parity_file(f'{name}.json').read_text())
+    with np.load(parity_file(f'{name}.npz')) as arrays:
+        return info, dict(arrays)
+
+
+def rnd(tag, shape, seed, scale=1.0):
+    """Return the recipe's input tensor of a tag."""
+    return torch.from_numpy(recipe.rnd(tag, tuple(shape), seed, scale))
+
+
+def uniform_seq(shape):
+    """Return the recipe's stand-in for uniform draws."""
+    return torch.from_numpy(recipe.uniform_seq(tuple(shape)))
+
+
+def normal_seq(shape):
+    """Return the recipe's stand-in for normal draws."""
+    return torch.from_numpy(recipe.normal_seq(tuple(shape)))
+
+
+@contextlib.contextmanager
+def sequence_draws():
+    """Replace torch.rand and torch.randn by the recipe's functions of the shape."""
+
+    def shape_of(args):
+        return list(args[0]) if len(args) == 1 and not isinstance(args[0], int) else list(args)
+
+    rand = mock.patch.object(torch, 'rand', lambda *a, **_: uniform_seq(shape_of(a)))
+    randn = mock.patch.object(torch, 'randn', lambda *a, **_: normal_seq(shape_of(a)))
+    with rand, randn:
+        yield
+
+
+def table_weights(table: list[dict], seed: int) -> dict[str, torch.Tensor]:
+    """Return the random tensors of a table of weights by name."""
+    return {
+        e['name']: torch.from_numpy(recipe.weight(e['name'], e['shape'], e['loc'], e['scale'], seed))
+        for e in table
+        if e['kind'] != 'derived'
+    }
+
+
+def fill(network: torch.nn.Module, table: list[dict], seed: int, ignore: tuple[str, ...] = ()) -> torch.nn.Module:
+    """Give a network the weights of a table; names and shapes must be the same on both sides, `ignore` apart."""
+    own = {name: list(t.shape) for name, t in network.state_dict().items() if name not in ignore}
+    assert own == {e['name']: e['shape'] for e in table if e['name'] not in ignore}
+    network.load_state_dict(table_weights(table, seed), strict=False)
+    derived = {e['name']: e['sha256'] for e in table if e['kind'] == 'derived' and e['name'] not in ignore}
+    for name, tensor in network.state_dict().items():
+        if name in derived:
+            assert recipe.sha(tensor.numpy()) == derived[name], name
+    return network.requires_grad_(True)
+
+
+def agrees(part: str, actual, expected, kind: str) -> None:
+    """Assert that a tensor equals the reference to the tolerance of its kind, and note the deviation for docs."""
+    actual = np.asarray(actual.detach().cpu() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64)
+    expected = np.asarray(expected, dtype=np.float64)
+    assert actual.shape == expected.shape, f'{part}: shape {actual.shape}, expected {expected.shape}'
+    scale = max(np.sqrt(np.mean(np.square(expected))), 1e-30)
+    deviation = float(np.abs(actual - expected).max(initial=0) / scale)
+    assert deviation <= TOLERANCE[kind], f'{part}: deviates by {deviation:.2e} of its scale, allowed {TOLERANCE[kind]:.0e}'
+    deviations[part] = (max(deviation, deviations.get(part, (0.0, kind))[0]), kind)
+
+
+def agrees_in_some_rounding(check) -> None:
+    """Assert that a comparison of gradients holds with one of the two roundings that this processor offers.
+
+    One pre-activation that rounds to the other side of a leaky ReLU's kink changes the gradients of all pixels it sees
+    by up to a percent; which ones do depends on the convolution library and the processor. That is no disagreement,
+    and another rounding of the same network shows it: a wrong gradient is wrong in both.
+    """
+    try:
+        check()
+    except AssertionError:
+        with torch.backends.mkldnn.flags(enabled=False):
+            check()
