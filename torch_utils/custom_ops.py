@@ -95,6 +95,8 @@ def _load_or_explain(name: str) -> ModuleType | str:
     sources = _sources(name)
     if os.name != 'posix':
         return 'compiled ops need a POSIX system'
+    if not sources:
+        return 'no CUDA device or no CUDA compiler'
     if shutil.which(_compiler()[0]) is None:
         return f'no C++ compiler: {_compiler()[0]} not found (set CXX)'
     try:
@@ -110,11 +112,12 @@ def _load_or_explain(name: str) -> ModuleType | str:
 
 
 def _sources(name: str) -> list[Path]:
-    suffixes = ['.cpp', '.cu'] if _has_cuda_compiler() else ['.cpp']
-    sources = [path for path in (OPS_FOLDER / f'{name}{suffix}' for suffix in suffixes) if path.exists()]
-    if not sources:
+    present = [path for path in (OPS_FOLDER / f'{name}.cpp', OPS_FOLDER / f'{name}.cu') if path.exists()]
+    if not present:
         raise ValueError(f'name: expected a source among {OPS_FOLDER}/*.cpp, got {name!r}')
-    return sources
+    if _is_cuda(present) and not _has_cuda_compiler():
+        present.pop()
+    return present
 
 
 def _has_cuda_compiler() -> bool:

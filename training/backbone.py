@@ -18,6 +18,12 @@ def check_power_of_two(name: str, value: int, minimum: int = 4) -> int:
     return value.bit_length() - 1
 
 
+def num_ws_of(resolution: int) -> int:
+    """Return how many w's a synthesis network of a resolution takes: two a block (the first lacks a convolution,
+    the last adds its torgb)."""
+    return 2 * (check_power_of_two('resolution', resolution) - 1)
+
+
 def fp16_from_resolution(resolution: int, num_fp16_res: int) -> int:
     """Return the lowest resolution whose block runs in half precision when the `num_fp16_res` highest do."""
     return max(2 ** (check_power_of_two('resolution', resolution) + 1 - num_fp16_res), 8)
@@ -93,7 +99,7 @@ class SynthesisNetwork(nn.Module):
                 conv_clamp=conv_clamp,
             )
             self.add_module(f'b{r}', block)
-        self.num_ws = 2 * len(self.block_resolutions)
+        self.num_ws = num_ws_of(img_resolution)
 
     def forward(self, ws, noise_mode='const'):
         """Run all blocks from the learned constant."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from training import head_raster, mouth
-from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork
+from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork, num_ws_of
 from training.config import LABEL_LENGTH, EG3DConfig, Next3DConfig
 from training.layers import FullyConnectedLayer
 from training.superresolution import Superresolution
@@ -53,7 +53,9 @@ class EG3DGenerator(nn.Module):
         self.z_dim, self.c_dim, self.w_dim = config.z_dim, config.c_dim, config.w_dim
         self.img_resolution = config.img_resolution
         self.neural_rendering_resolution = config.neural_rendering_resolution
-        self.backbone = self._synthesis_backbone(config.plane_resolution, 3 * config.plane_channels)
+        self.backbone = self._synthesis_backbone(
+            config.plane_resolution, 3 * config.plane_channels, mapping_ws=self._num_mapping_ws()
+        )
         self.decoder = Decoder(config.plane_channels, config.decoder_hidden, config.decoder_lr_mul)
         self.superresolution = Superresolution(
             config.superresolution,
@@ -68,6 +70,11 @@ class EG3DGenerator(nn.Module):
     def num_ws(self) -> int:
         """How many w's `mapping` returns."""
         return self.backbone.mapping.num_ws
+
+    @property
+    def num_style_ws(self) -> int:
+        """How many of them, from the first on, drive everything but a texture."""
+        return self.backbone.num_ws
 
     def mapping(self, z, c, truncation_psi=1.0, truncation_cutoff=None):
         """Return ws [N, num_ws, w_dim] of latents z [N, z_dim] and conditioning labels c [N, 25 or more].
@@ -115,7 +122,7 @@ class EG3DGenerator(nn.Module):
 
     def static_planes(self, ws, noise_mode='const'):
         """Return the planes [N, 3, C, R, R] that the static backbone paints."""
-        x = self.backbone.synthesis(self._style_ws(ws)[:, : self.backbone.num_ws], noise_mode)
+        x = self.backbone.synthesis(self._style_ws(ws), noise_mode)
         return x.reshape(len(x), 3, -1, *x.shape[2:])
 
     def _synthesis_backbone(self, resolution, channels, has_mapping=True, mapping_ws=None, **unet):
@@ -140,9 +147,11 @@ class EG3DGenerator(nn.Module):
         c = c[:, :LABEL_LENGTH]
         return torch.zeros_like(c) if self.config.c_gen_conditioning_zero else c * self.config.c_scale
 
+    def _num_mapping_ws(self):
+        return num_ws_of(self.config.plane_resolution)
+
     def _style_ws(self, ws):
-        """The w's that drive everything but the texture."""
-        return ws
+        return ws[:, : self.num_style_ws]
 
     def _rays(self, c, resolution):
         if c.ndim != 2 or c.shape[1] < LABEL_LENGTH:
@@ -183,7 +192,6 @@ class Next3DGenerator(EG3DGenerator):
         )
         self._register_topology(faces, uvs, uv_faces)
         self.register_buffer('uv_face_mask', torch.as_tensor(uv_face_mask, dtype=torch.float32), persistent=False)
-        self.backbone.mapping.num_ws = self.backbone.num_ws + self.texture_backbone.num_ws
 
     @property
     def num_vertices(self) -> int:
@@ -210,7 +218,7 @@ class Next3DGenerator(EG3DGenerator):
 
     def texture(self, ws, noise_mode='const'):
         """Return the neural texture [N, C, T, T] in UV space, row 0 at v = 1."""
-        return self.texture_backbone.synthesis(ws[:, self.backbone.num_ws :], noise_mode)
+        return self.texture_backbone.synthesis(ws[:, self.num_style_ws :], noise_mode)
 
     def rasterize(self, texture, v) -> head_raster.HeadPlanes:
         """Return the textured mesh as planes; gradient flows to the texture only."""
@@ -227,9 +235,9 @@ class Next3DGenerator(EG3DGenerator):
         boxes = self.mouth_boxes(v)
         ws = self._style_ws(ws)
         condition = mouth.crop_and_resize(front, boxes, self.config.mouth_resolution)
-        inner = self.mouth_backbone.synthesis(condition, ws[:, : self.mouth_backbone.num_ws], noise_mode)
+        inner = self.mouth_backbone.synthesis(condition, ws, noise_mode)
         stitched = mouth.resize_and_paste(front, inner, boxes)
-        return self.neural_blending.synthesis(stitched, ws[:, : self.neural_blending.num_ws], noise_mode)
+        return self.neural_blending.synthesis(stitched, ws, noise_mode)
 
     def mouth_boxes(self, v):
         """Return the mouth's boxes in the front plane [N, 4] (see `training.mouth`)."""
@@ -245,8 +253,8 @@ class Next3DGenerator(EG3DGenerator):
         dynamic = torch.cat([front[:, None], head.features[:, 1:]], dim=1)
         return Planes(head.alpha * dynamic + (1 - head.alpha) * static)
 
-    def _style_ws(self, ws):
-        return ws[:, : self.backbone.num_ws]
+    def _num_mapping_ws(self):
+        return num_ws_of(self.config.plane_resolution) + num_ws_of(self.config.texture_resolution)
 
     def _project(self, points, view):
         return head_raster.project(points, view, self.config.orth_scale, self.config.orth_shift)

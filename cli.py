@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all command lines share: option types, one-line errors, loading a network and a mesh."""
+
+import math
+import os
+import pathlib
+import re
+
+import click
+import numpy as np
+import torch
+
+import legacy
+from dnnlib.util import DownloadError
+from geometry import meshes
+from training.generator import EG3DGenerator, Next3DGenerator
+
+MAX_SEED = 2**32 - 1
+USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError)
+
+
+class Command(click.Command):
+    """A command whose errors are one line and a non-zero exit status."""
+
+    def make_context(self, *args, **kwargs):
+        """Parse the command line; a bad one gives its line without the usage text."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            raise _one_line(error.format_message(), error.exit_code) from error
+
+    def invoke(self, ctx):
+        """Run the command; errors that users cause, and those of files, become one line."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _one_line(error.format_message(), error.exit_code) from error
+        except USER_ERRORS as error:
+            raise _one_line(str(error)) from error
+        except OSError as error:
+            where = f'{error.filename}: ' if error.filename else ''
+            raise _one_line(f'{where}{error.strerror or error}') from error
+
+
+def _one_line(message, exit_code=1):
+    error = click.ClickException(' '.join(message.split()))
+    error.exit_code = exit_code
+    return error
+
+
+def option(name: str, *args, **kwargs):
+    """Return click.option for --kebab-name that also accepts --kebab_name; `name` is given with underscores."""
+    spellings = dict.fromkeys((f'--{name.replace("_", "-")}', f'--{name}'))
+    return click.option(*spellings, name.lower(), *args, **kwargs)
+
+
+class FiniteFloat(click.ParamType):
+    """A float that is not NaN or infinite, within (minimum, maximum) where given."""
+
+    name = 'float'
+
+    def __init__(self, minimum: float = -math.inf, maximum: float = math.inf):
+        self.minimum, self.maximum = minimum, maximum
+
+    def convert(self, value, param, ctx):
+        """Return the float or fail with what was expected."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or not self.minimum < number < self.maximum:
+            limits = '' if self.minimum == -math.inf else f' between {self.minimum:g} and {self.maximum:g}'
+            self.fail(f'expected a finite number{limits}, got {value!r}.', param, ctx)
+        return number
+
+
+class SeedList(click.ParamType):
+    """Seeds '0,3,7-9' -> [0, 3, 7, 8, 9]."""
+
+    name = 'list'
+
+    def convert(self, value, param, ctx):
+        """Return the seeds in the order given."""
+        if isinstance(value, list):
+            return value
+        seeds = []
+        for part in value.split(','):
+            match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
+            if not match:
+                self.fail(f"expected numbers and ranges such as '0,3,7-9', got {value!r}.", param, ctx)
+            first, last = int(match[1]), int(match[2] or match[1])
+            if first > last or last > MAX_SEED:
+                self.fail(f'expected rising ranges of seeds up to {MAX_SEED}, got {part.strip()!r}.', param, ctx)
+            seeds.extend(range(first, last + 1))
+        return seeds
+
+
+class Device(click.ParamType):
+    """A torch device that exists; 'auto' is the first CUDA device where there is one, else the CPU."""
+
+    name = 'device'
+
+    def convert(self, value, param, ctx):
+        """Return the torch.device."""
+        if isinstance(value, torch.device):
+            return value
+        if value == 'auto':
+            return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        if not re.fullmatch(r'cpu|cuda(:\d+)?', value):
+            self.fail(f"expected 'cpu', 'cuda' or 'cuda:N', got {value!r}.", param, ctx)
+        device = torch.device(value)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == 'cuda' and (device.index or 0) >= count:
+            self.fail(f'{value!r} asked for, but {count or "no"} CUDA devices were found; use cpu.', param, ctx)
+        return device
+
+
+def flag(name: str, **kwargs):
+    """Return an option that takes a bool as the published scripts do (--x=true), or stands alone (--x)."""
+    return option(name, type=bool, is_flag=False, flag_value=True, default=False, show_default=True, **kwargs)
+
+
+def load_generator(path: str, device: torch.device) -> EG3DGenerator:
+    """Return the averaged generator of a network file (G where it has no G_ema) on a device, in eval mode."""
+    for key in ('G_ema', 'G'):
+        try:
+            return legacy.load_network_pkl(path, only=(key,))[key].to(device)
+        except legacy.NetworkFileError as error:
+            if key == 'G' or 'holds none of' not in str(error):
+                raise
+    raise AssertionError('unreachable')
+
+
+def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | None, device: torch.device):
+    """Return the mesh input [1, V + 68, 3] that a generator needs, or None for one that needs none (EG3D)."""
+    if not isinstance(generator, Next3DGenerator):
+        return None
+    for name, path in (('obj_path', obj_path), ('lms_path', lms_path)):
+        if path is None:
+            raise click.UsageError(f'--{name}: expected a file, got none; this network draws a head mesh.')
+    mesh = meshes.read_obj(obj_path)
+    if len(mesh.vertices) != generator.num_vertices:
+        raise click.UsageError(
+            f'--obj_path: {obj_path}: expected the {generator.num_vertices} vertices of the mesh that the network '
+            f'was trained with, found {len(mesh.vertices)}.'
+        )
+    if mesh.uv_faces is None:
+        raise click.UsageError(f'--obj_path: {obj_path}: expected a UV-mapped mesh (vt lines, f v/vt), found no UVs.')
+    v = meshes.stack_mesh(mesh.vertices, meshes.read_landmarks(lms_path))
+    return torch.from_numpy(v).to(device)
+
+
+def make_outdir(path: str) -> pathlib.Path:
+    """Return the output folder, made with its parents where it does not exist."""
+    outdir = pathlib.Path(os.path.expanduser(path))
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise click.UsageError(f'--outdir: {path}: expected a folder, found a file.') from None
+    return outdir
+
+
+def latent(seed: int, z_dim: int) -> torch.Tensor:
+    """Return the latent [1, z_dim] that a seed stands for in all scripts of this family."""
+    return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)).float()
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Return pictures [C, H, W] in [-1, 1] as bytes [H, W, C], rounded down as published."""
+    return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()

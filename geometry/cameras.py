@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cameras of EG3D: look-at poses around the head, normalised intrinsics, and the 25-number label that holds both."""
+
+import math
+
+import torch
+from torch.nn import functional
+
+FOCAL = 4.2647  # Focal length over image side of FFHQ's aligned photos, and of videos and training.
+FULL_FOV_DEG = 18.837  # The diagonal field of view that scripts of this family are given for it.
+DIAGONAL = 1.414  # Rounded in the published formula.
+FRONTAL = math.pi / 2  # Horizontal and vertical angle of the frontal camera.
+CAM2WORLD, INTRINSICS = slice(0, 16), slice(16, 25)
+
+
+def focal_from_fov(fov_deg: float) -> float:
+    """Return the focal length over the image side for a diagonal field of view in degrees, in (0, 180)."""
+    if not 0 < fov_deg < 180:
+        raise ValueError(f'fov_deg: expected a number between 0 and 180, got {fov_deg}')
+    return 1 / (math.tan(math.radians(fov_deg) / 2) * DIAGONAL)
+
+
+def intrinsics(focal: float = FOCAL, device: torch.device | str = 'cpu') -> torch.Tensor:
+    """Return the matrix [3, 3] of a centred camera, in fractions of the image side."""
+    return torch.tensor([[focal, 0, 0.5], [0, focal, 0.5], [0, 0, 1]], dtype=torch.float32, device=device)
+
+
+def look_at_pose(
+    horizontal: float | torch.Tensor,
+    vertical: float | torch.Tensor,
+    pivot=(0.0, 0.0, 0.0),
+    radius: float = 2.7,
+    horizontal_std: float = 0.0,
+    vertical_std: float = 0.0,
+    batch: int = 1,
+    spread: str = 'normal',
+) -> torch.Tensor:
+    """Return cam2world matrices [batch, 4, 4] (OpenCV axes) of cameras on a sphere about the origin, looking at pivot.
+
+    horizontal, vertical: angles in radians, π/2 each for the frontal camera at (0, 0, radius); a larger horizontal
+    angle moves the camera to +x. *_std: spread of the angles, drawn [batch, 1] each: 'normal' or 'uniform' in ±std.
+    """
+    if spread not in ('normal', 'uniform'):
+        raise ValueError(f"spread: expected 'normal' or 'uniform', got {spread!r}")
+    h = horizontal + horizontal_std * _draw(spread, batch)
+    v = (vertical + vertical_std * _draw(spread, batch)).clamp(1e-5, math.pi - 1e-5)
+    theta, phi = h, torch.arccos(1 - 2 * v / math.pi)
+    x = phi.sin() * (math.pi - theta).cos()
+    z = phi.sin() * (math.pi - theta).sin()
+    origin = radius * torch.cat([x, phi.cos(), z], dim=1)
+    forward = functional.normalize(torch.as_tensor(pivot, dtype=torch.float32) - origin, dim=1)
+    return cam2world_from_forward(forward, origin)
+
+
+def cam2world_from_forward(forward: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+    """Return cam2world [N, 4, 4] of upright cameras at origin [N, 3] that look along forward [N, 3]."""
+    forward = functional.normalize(forward, dim=1)
+    up = torch.tensor([0.0, 1.0, 0.0]).expand_as(forward)
+    right = -functional.normalize(torch.cross(up, forward, dim=1), dim=1)
+    down = functional.normalize(torch.cross(forward, right, dim=1), dim=1)
+    pose = torch.eye(4).repeat(len(forward), 1, 1)
+    pose[:, :3] = torch.stack([right, down, forward, origin], dim=2)
+    return pose
+
+
+def make_label(cam2world: torch.Tensor, intrinsics_matrix: torch.Tensor) -> torch.Tensor:
+    """Return labels [N, 25] of poses [N, 4, 4] and intrinsics [3, 3] or [N, 3, 3]."""
+    k = intrinsics_matrix.expand(len(cam2world), 3, 3)
+    return torch.cat([cam2world.reshape(-1, 16), k.reshape(-1, 9)], dim=1)
+
+
+def split_label(label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (cam2world [N, 4, 4], intrinsics [N, 3, 3]) of labels [N, 25 or more]."""
+    return label[:, CAM2WORLD].reshape(-1, 4, 4), label[:, INTRINSICS].reshape(-1, 3, 3)
+
+
+def _draw(spread, batch):
+    return torch.randn([batch, 1]) if spread == 'normal' else torch.rand([batch, 1]) * 2 - 1

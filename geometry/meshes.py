@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Head meshes as the generator takes them: OBJ files and landmark files, in file order.
+
+Vertex order is what ties a mesh to a network, and general readers split or merge vertices at UV seams, so the two
+simple formats are read here.
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+NUM_LANDMARKS = 68
+LANDMARK_LIMIT = 0.3  # Metres; landmarks in pixels are far above it.
+
+
+class MeshFileError(ValueError):
+    """A mesh or landmark file that cannot be used; the message names the file, what was expected and what was found."""
+
+
+class ObjMesh(NamedTuple):
+    """vertices [V, 3] and uvs [T, 2] float32, faces and uv_faces [F, 3] int64 (uv_faces None where there are no UVs)."""
+
+    vertices: np.ndarray
+    uvs: np.ndarray
+    faces: np.ndarray
+    uv_faces: np.ndarray | None
+
+
+def read_obj(path: str | os.PathLike) -> ObjMesh:
+    """Read vertices, UVs and triangles of a Wavefront OBJ file.
+
+    Raises FileNotFoundError, or MeshFileError for lines that are no numbers, faces that are not triangles or refer to
+    vertices that do not exist, coordinates that are not finite, and a file without vertices or faces.
+    """
+    rows = {'v': [], 'vt': [], 'f': []}
+    with open(path, encoding='utf-8', errors='replace') as file:
+        for number, line in enumerate(file, start=1):
+            kind, *words = line.split() or ['']
+            if kind in rows:
+                rows[kind].append((number, words))
+    vertices = _numbers(path, rows['v'], 3)
+    uvs = _numbers(path, rows['vt'], 2)
+    faces, uv_faces = _corners(path, rows['f'], len(vertices), len(uvs))
+    if not len(vertices) or not len(faces):
+        raise MeshFileError(f'{path}: expected a triangle mesh, found {len(vertices)} vertices and {len(faces)} faces')
+    return ObjMesh(vertices, uvs, faces, uv_faces)
+
+
+def read_landmarks(path: str | os.PathLike) -> np.ndarray:
+    """Read a landmark file: 68 lines of x y z in metres -> [68, 3] float32, iBUG order.
+
+    Raises FileNotFoundError, or MeshFileError for another shape, numbers that are not finite, or pixels.
+    """
+    with open(path, encoding='utf-8', errors='replace') as file:
+        rows = [(number, line.split()) for number, line in enumerate(file, start=1) if line.strip()]
+    if len(rows) != NUM_LANDMARKS or any(len(words) != 3 for _, words in rows):
+        widths = sorted({len(words) for _, words in rows})
+        raise MeshFileError(
+            f'{path}: expected {NUM_LANDMARKS} lines of 3 numbers, found {len(rows)} lines of '
+            f'{" or ".join(map(str, widths)) or "0"}'
+        )
+    landmarks = _numbers(path, rows, 3)
+    largest = np.abs(landmarks).max()
+    if largest >= LANDMARK_LIMIT:
+        raise MeshFileError(
+            f'{path}: expected 3-D landmarks in metres, all below {LANDMARK_LIMIT}, found {largest:g} (pixels?)'
+        )
+    return landmarks
+
+
+def stack_mesh(vertices: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    """Return the generator's mesh input [1, V + 68, 3] of vertices [V, 3] and landmarks [68, 3]."""
+    return np.concatenate([vertices, landmarks])[None].astype(np.float32)
+
+
+def _numbers(path, rows, count):
+    """Return the first `count` numbers of each row as float32 [rows, count]."""
+    try:
+        values = np.array([words[:count] for _, words in rows], dtype=np.float64).reshape(len(rows), count)
+    except ValueError:
+        number = next(n for n, words in rows if not _are_numbers(words[:count], count))
+        raise MeshFileError(f'{path}, line {number}: expected {count} numbers') from None
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        number, words = rows[bad[0]]
+        raise MeshFileError(f'{path}, line {number}: expected finite numbers, found {" ".join(words)}')
+    return values.astype(np.float32)
+
+
+def _are_numbers(words, count):
+    try:
+        return len([float(word) for word in words]) == count
+    except ValueError:
+        return False
+
+
+def _corners(path, rows, num_vertices, num_uvs):
+    """Return 0-based (faces, uv_faces) of lines `f v/vt v/vt v/vt`; uv_faces None where a corner has no UV."""
+    corners = []
+    for number, words in rows:
+        if len(words) != 3:
+            raise MeshFileError(f'{path}, line {number}: expected a triangle, found {len(words)} corners')
+        try:
+            corners.append([[int(part or 0) for part in (word.split('/') + [''])[:2]] for word in words])
+        except ValueError:
+            raise MeshFileError(f'{path}, line {number}: expected corners v or v/vt, found {" ".join(words)}') from None
+    indices = np.array(corners, dtype=np.int64).reshape(len(rows), 3, 2)
+    faces, uv_faces = indices[:, :, 0] - 1, indices[:, :, 1] - 1
+    for name, values, limit in (('vertex', faces, num_vertices), ('UV', uv_faces, num_uvs)):
+        lowest = 0 if name == 'vertex' else -1
+        bad = np.flatnonzero(((values < lowest) | (values >= limit)).any(axis=1)) if len(values) else []
+        if len(bad):
+            raise MeshFileError(f'{path}, line {rows[bad[0]][0]}: refers to a {name} that is not one of {limit}')
+    return faces, uv_faces if len(faces) and (uv_faces >= 0).all() else None

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Density grids of a volume and the surfaces in them, in the layout of the published shape files."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+SURFACE_LEVEL = 10.0  # Raw density at which the published scripts put the surface.
+BORDER = 30 / 256  # Share of the grid on each side that is emptied, so that surfaces are closed.
+EMPTY = -1000.0
+
+
+class NoSurfaceError(ValueError):
+    """The density does not cross the level anywhere."""
+
+
+def border_width(resolution: int) -> int:
+    """Return how many samples of a grid are emptied on each side."""
+    return int(BORDER * resolution)
+
+
+def density_grid(
+    query_sigma: Callable[[torch.Tensor], torch.Tensor],
+    resolution: int,
+    side: float,
+    on_slab: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Sample raw density on a grid over the centred cube: [N, N, N] float32, axes x, y, z, z fastest, x descending.
+
+    query_sigma: world points [1, M, 3] -> density [1, M, 1]; called with a slab of constant x at a time, so that memory
+    is that of the result and one slab. The first and the last sample of each axis lie on the cube's faces. The border
+    holds EMPTY. on_slab: called after each slab, for progress bars.
+    """
+    axis = torch.linspace(-side / 2, side / 2, resolution)
+    y, z = torch.meshgrid(axis, axis, indexing='ij')
+    points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3)
+    pad = border_width(resolution)
+    inside = slice(pad, resolution - pad)
+    grid = np.full([resolution] * 3, EMPTY, dtype=np.float32)
+    for i in range(resolution):
+        if pad <= i < resolution - pad:
+            points[..., 0] = axis[i]
+            slab = query_sigma(points).reshape(resolution, resolution).cpu().numpy()
+            grid[resolution - 1 - i, inside, inside] = slab[inside, inside]
+        on_slab()
+    return grid
+
+
+def extract_surface(grid: np.ndarray, level: float = SURFACE_LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Return vertices [V, 3] in grid indices and faces [F, 3] of the level set of a `density_grid`, facing outwards.
+
+    Raises NoSurfaceError where the density stays on one side of the level.
+    """
+    from skimage.measure import marching_cubes  # Here: importing it takes most of a second.
+
+    if not grid.min() < level < grid.max():
+        inner = grid[grid > EMPTY]
+        highest = f'{inner.max():.3g}' if inner.size else 'nowhere sampled'
+        raise NoSurfaceError(f'the density never crosses level {level:g} (highest: {highest}): no surface')
+    vertices, faces, _, _ = marching_cubes(grid, level=level)
+    return vertices, faces
+
+
+def grid_to_world(vertices: np.ndarray, resolution: int, side: float) -> np.ndarray:
+    """Return world coordinates of points given in indices of a `density_grid`."""
+    world = vertices * (side / (resolution - 1)) - side / 2
+    return world * np.array([-1, 1, 1], dtype=world.dtype)
+
+
+def grid_to_published_ply(vertices: np.ndarray) -> np.ndarray:
+    """Return points given in indices of a `density_grid` as published .ply files hold them: of the grid's transpose."""
+    return vertices[:, ::-1]

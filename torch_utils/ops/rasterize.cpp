@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// Z-buffer rasteriser of rasterize.py on the CPU: the same fp32 operations in the same order, so equal bit for bit.
+
+#include <ATen/Parallel.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+
+namespace {
+
+struct Corner {
+    float x, y, z;
+};
+
+bool is_finite(const Corner& corner) {
+    return std::isfinite(corner.x) && std::isfinite(corner.y) && std::isfinite(corner.z);
+}
+
+// Twice the signed area of the triangle (point, start, end).
+inline float edge(float x, float y, const Corner& start, const Corner& end) {
+    return (x - start.x) * (end.y - start.y) - (y - start.y) * (end.x - start.x);
+}
+
+// Pixel centres along one axis, ascending.
+struct Axis {
+    const float* centre;
+    int64_t size;
+
+    // Index of the first centre >= value (or, with `beyond`, > value); size if there is none. The guess is at most a
+    // few pixels off, and the comparisons make the answer exact.
+    int64_t first(float value, bool beyond) const {
+        const auto before = [&](int64_t i) { return beyond ? centre[i] <= value : centre[i] < value; };
+        const float guess = (value + 1.0f) * 0.5f * static_cast<float>(size);
+        int64_t i = static_cast<int64_t>(std::min(std::max(guess, 0.0f), static_cast<float>(size)));
+        while (i > 0 && !before(i - 1))
+            --i;
+        while (i < size && before(i))
+            ++i;
+        return i;
+    }
+};
+
+struct Mesh {
+    const float* positions;
+    const int64_t* faces;
+    int64_t num_faces;
+
+    Corner corner(int64_t face, int number) const {
+        const float* position = positions + 3 * faces[3 * face + number];
+        return {position[0], position[1], position[2]};
+    }
+};
+
+struct Image {
+    int64_t* face;
+    float* barycentric;
+    float* depth;
+};
+
+// One face against the rows [begin, end) of one image.
+void draw_face(const Mesh& mesh, int64_t face, Axis rows, Axis columns, int64_t begin, int64_t end, float epsilon,
+               const Image& image) {
+    const Corner a = mesh.corner(face, 0), b = mesh.corner(face, 2), c = mesh.corner(face, 1);
+    const float low_y = std::min({a.y, b.y, c.y}), high_y = std::max({a.y, b.y, c.y});
+    if (high_y < rows.centre[begin] || low_y > rows.centre[end - 1])
+        return;
+    const float area = edge(c.x, c.y, a, b);
+    if (!(area > epsilon) || !is_finite(a) || !is_finite(b) || !is_finite(c))
+        return;
+    const float divisor = area + epsilon;
+    const int64_t top = std::max(begin, rows.first(low_y, false)), bottom = std::min(end, rows.first(high_y, true));
+    const int64_t left = columns.first(std::min({a.x, b.x, c.x}), false);
+    const int64_t right = columns.first(std::max({a.x, b.x, c.x}), true);
+    for (int64_t row = top; row < bottom; ++row) {
+        for (int64_t column = left; column < right; ++column) {
+            const float x = columns.centre[column], y = rows.centre[row];
+            const float area_a = edge(x, y, b, c), area_b = edge(x, y, c, a), area_c = edge(x, y, a, b);
+            if (!(area_a > 0 && area_b > 0 && area_c > 0))
+                continue;
+            const float weight_a = area_a / divisor, weight_b = area_b / divisor, weight_c = area_c / divisor;
+            const float z = weight_a * a.z + weight_b * b.z + weight_c * c.z;
+            const int64_t pixel = row * columns.size + column;
+            // Strictly nearer: of equal depths the lower face stays. A quotient may have underflowed to 0.
+            if (!(weight_a > 0 && weight_b > 0 && weight_c > 0 && z < image.depth[pixel]))
+                continue;
+            image.depth[pixel] = z;
+            image.face[pixel] = face;
+            float* weights = image.barycentric + 3 * pixel;
+            weights[0] = weight_a;
+            weights[1] = weight_c;
+            weights[2] = weight_b;
+        }
+    }
+}
+
+void draw_rows(const Mesh& mesh, Axis rows, Axis columns, int64_t begin, int64_t end, float epsilon,
+               const Image& image) {
+    const int64_t first = begin * columns.size, last = end * columns.size;
+    std::fill(image.face + first, image.face + last, int64_t{-1});
+    std::fill(image.barycentric + 3 * first, image.barycentric + 3 * last, 0.0f);
+    std::fill(image.depth + first, image.depth + last, std::numeric_limits<float>::infinity());
+    for (int64_t face = 0; face < mesh.num_faces; ++face)
+        draw_face(mesh, face, rows, columns, begin, end, epsilon, image);
+    for (int64_t pixel = first; pixel < last; ++pixel)
+        if (image.face[pixel] < 0)
+            image.depth[pixel] = 0.0f;
+}
+
+void check(const at::Tensor& positions, const at::Tensor& faces, const at::Tensor& rows, const at::Tensor& columns) {
+    for (const at::Tensor* tensor : {&positions, &rows, &columns})
+        TORCH_CHECK(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat, "expected fp32 on the CPU");
+    TORCH_CHECK(faces.device().is_cpu() && faces.scalar_type() == at::kLong, "faces: expected int64 on the CPU");
+    TORCH_CHECK(positions.dim() == 3 && positions.size(2) == 3, "positions: expected [B, V, 3], got ",
+                positions.sizes());
+    TORCH_CHECK(faces.dim() == 2 && faces.size(1) == 3, "faces: expected [F, 3], got ", faces.sizes());
+    TORCH_CHECK(rows.dim() == 1 && columns.dim() == 1 && rows.numel() > 0 && columns.numel() > 0,
+                "rows, columns: expected [H] and [W], got ", rows.sizes(), " and ", columns.sizes());
+}
+
+void check_range(const at::Tensor& faces, int64_t num_vertices) {
+    const int64_t* index = faces.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < faces.numel(); ++i)
+        TORCH_CHECK(index[i] >= 0 && index[i] < num_vertices, "faces: expected indices in [0, ", num_vertices,
+                    "), got ", index[i]);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& positions, const at::Tensor& faces,
+                                                       const at::Tensor& rows, const at::Tensor& columns,
+                                                       double epsilon) {
+    check(positions, faces, rows, columns);
+    const at::Tensor vertices = positions.contiguous(), corners = faces.contiguous();
+    const at::Tensor centres_y = rows.contiguous(), centres_x = columns.contiguous();
+    check_range(corners, vertices.size(1));
+    const int64_t num_views = vertices.size(0), height = rows.numel(), width = columns.numel();
+    at::Tensor face = corners.new_empty({num_views, height, width});
+    at::Tensor barycentric = vertices.new_empty({num_views, height, width, 3});
+    at::Tensor depth = vertices.new_empty({num_views, height, width});
+
+    const float* position = vertices.const_data_ptr<float>();
+    const int64_t* corner = corners.const_data_ptr<int64_t>();
+    const Axis row_axis{centres_y.const_data_ptr<float>(), height};
+    const Axis column_axis{centres_x.const_data_ptr<float>(), width};
+    const Image images{face.mutable_data_ptr<int64_t>(), barycentric.mutable_data_ptr<float>(),
+                       depth.mutable_data_ptr<float>()};
+
+    // Fewer views than threads: each view is split into bands of rows. Bands share nothing, so the result does not
+    // depend on their number.
+    const int64_t num_bands = std::clamp<int64_t>(at::get_num_threads() / std::max<int64_t>(num_views, 1), 1, height);
+    at::parallel_for(0, num_views * num_bands, 1, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) {
+            const int64_t view = task / num_bands, band = task % num_bands, offset = view * height * width;
+            const Mesh mesh{position + view * vertices.size(1) * 3, corner, corners.size(0)};
+            const Image image{images.face + offset, images.barycentric + 3 * offset, images.depth + offset};
+            draw_rows(mesh, row_axis, column_axis, height * band / num_bands, height * (band + 1) / num_bands,
+                      static_cast<float>(epsilon), image);
+        }
+    });
+    return {face, barycentric, depth};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+    module.def("forward", &forward, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
