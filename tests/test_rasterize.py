@@ -281,7 +281,8 @@ def test_pytorch3d_gets_and_gives_its_own_conventions(monkeypatch):
     monkeypatch.setattr(module.importlib.util, 'find_spec', lambda name: fake.get(name))
     positions, faces = random_mesh(9, 'plain')
     for resolution in (16, (16, 32), (32, 16)):
-        assert_same(rasterize(positions, faces, resolution, 'pytorch3d'), rasterize(positions, faces, resolution, 'ref'))
+        expected = rasterize(positions, faces, resolution, 'ref')
+        assert_same(rasterize(positions, faces, resolution, 'pytorch3d'), expected)
 
 
 def test_interpolate():

@@ -70,16 +70,16 @@ def upfirdn2d(
 
 def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
     x = _insert_zeros(x, up)
-    if any(padding):
-        x = functional.pad(x, padding)
     if f is None:
+        x = functional.pad(x, padding) if any(padding) else x
         return (x * gain if gain != 1 else x)[:, :, :: down[1], :: down[0]]
     f = f.to(x.dtype) * gain ** (f.ndim / 2)
     if not flip_filter:
         f = f.flip(list(range(f.ndim)))
     if f.ndim == 2:
-        return _filter(x, f, down)
-    return _filter(_filter(x, f[None, :], (down[0], 1)), f[:, None], (1, down[1]))
+        return _filter(x, f, down, padding)
+    x = _filter(x, f[None, :], (down[0], 1), (*padding[:2], 0, 0))
+    return _filter(x, f[:, None], (1, down[1]), (0, 0, *padding[2:]))
 
 
 def _insert_zeros(x, up):
@@ -90,12 +90,18 @@ def _insert_zeros(x, up):
     return x.reshape(n, c, h * up[1], w * up[0])
 
 
-def _filter(x, f, stride):
-    """Correlate every channel with the same [fh, fw] filter, as a depthwise convolution."""
+def _filter(x, f, stride, padding):
+    """Pad, and correlate every channel with the same [fh, fw] filter, as a depthwise convolution."""
+    inner = (0, 0)
+    if padding[0] == padding[1] >= 0 and padding[2] == padding[3] >= 0:
+        inner = (padding[2], padding[0])  # The convolution pads without a copy of the picture.
+    else:
+        x = functional.pad(x, padding)
     c, h, w = x.shape[1:]
-    if h < f.shape[0] or w < f.shape[1]:
-        raise ValueError(f'x: padded and upsampled it is {h}x{w}, smaller than the filter {list(f.shape)}')
-    return functional.conv2d(x, f.expand(c, 1, *f.shape), stride=(stride[1], stride[0]), groups=c)
+    if h + 2 * inner[0] < f.shape[0] or w + 2 * inner[1] < f.shape[1]:
+        raise ValueError(f'x: padded and upsampled it is smaller than the filter {list(f.shape)}')
+    f = f.expand(c, 1, *f.shape)
+    return functional.conv2d(x, f, stride=(stride[1], stride[0]), padding=inner, groups=c)
 
 
 def filter2d(x, f, padding=0, flip_filter=False, gain=1.0, impl=None):
