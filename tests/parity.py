@@ -4,6 +4,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 from unittest import mock
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FULL = ROOT.parent / 'shared' / 'parity'  # All files, where the project's shared folder lies beside the checkout.
+# All files: where the project's shared folder lies beside the checkout, or where the variable says.
+FULL = pathlib.Path(os.environ.get('NEXT3D_PARITY_DIR', ROOT.parent / 'shared' / 'parity'))
 SUBSET = ROOT / 'tests' / 'data' / 'parity'  # What every clone has.
 
 # Largest deviation over the root mean square of the reference: a few times the reference's own noise floor.

@@ -34,7 +34,7 @@ def topology():
     """faces, uvs, uv_faces and the eye mask of the published head."""
     _, uvs, faces, uv_faces = parity.recipe.load_obj(parity.parity_file('head_template.obj'))
     mask = np.asarray(Image.open(parity.parity_file('uv_face_eye_mask.png')))
-    mask = torch.from_numpy(mask if mask.ndim == 2 else mask[..., 0]).float()[None, None] / 255
+    mask = torch.tensor(mask if mask.ndim == 2 else mask[..., 0]).float()[None, None] / 255
     return faces, uvs, uv_faces, torch.nn.functional.interpolate(mask, size=(256, 256))
 
 
