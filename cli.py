@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all command lines share: option types, one-line errors, loading a network and a mesh."""
 
+import contextlib
 import math
 import os
 import pathlib
@@ -16,6 +17,8 @@ from geometry import meshes
 from training.generator import EG3DGenerator, Next3DGenerator
 
 MAX_SEED = 2**32 - 1
+MAX_SEEDS = 1_000_000  # A slip such as 0-4294967295 must not fill the memory.
+MAX_FLOAT = torch.finfo(torch.float32).max
 USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError)
 
 
@@ -54,8 +57,20 @@ def option(name: str, *args, **kwargs):
     return click.option(*spellings, name.lower(), *args, **kwargs)
 
 
+class PathText(click.ParamType):
+    """A path that is not empty, as an unset shell variable makes it."""
+
+    name = 'path'
+
+    def convert(self, value, param, ctx):
+        """Return the path as it is."""
+        if not value:
+            self.fail(f'expected a path, got {value!r}.', param, ctx)
+        return value
+
+
 class FiniteFloat(click.ParamType):
-    """A float that is not NaN or infinite, within (minimum, maximum) where given."""
+    """A float that float32 can hold, neither NaN nor infinite, within (minimum, maximum) where given."""
 
     name = 'float'
 
@@ -68,7 +83,7 @@ class FiniteFloat(click.ParamType):
             number = float(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or not self.minimum < number < self.maximum:
+        if not abs(number) <= MAX_FLOAT or not self.minimum < number < self.maximum:
             limits = '' if self.minimum == -math.inf else f' between {self.minimum:g} and {self.maximum:g}'
             self.fail(f'expected a finite number{limits}, got {value!r}.', param, ctx)
         return number
@@ -85,12 +100,14 @@ class SeedList(click.ParamType):
             return value
         seeds = []
         for part in value.split(','):
-            match = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
+            match = re.fullmatch(r'\s*(\d{1,10})(?:-(\d{1,10}))?\s*', part)
             if not match:
                 self.fail(f"expected numbers and ranges such as '0,3,7-9', got {value!r}.", param, ctx)
             first, last = int(match[1]), int(match[2] or match[1])
             if first > last or last > MAX_SEED:
                 self.fail(f'expected rising ranges of seeds up to {MAX_SEED}, got {part.strip()!r}.', param, ctx)
+            if len(seeds) + last - first >= MAX_SEEDS:
+                self.fail(f'expected at most {MAX_SEEDS} seeds, got {value!r}.', param, ctx)
             seeds.extend(range(first, last + 1))
         return seeds
 
@@ -106,7 +123,7 @@ class Device(click.ParamType):
             return value
         if value == 'auto':
             return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        if not re.fullmatch(r'cpu|cuda(:\d+)?', value):
+        if not re.fullmatch(r'cpu|cuda(:\d{1,2})?', value):
             self.fail(f"expected 'cpu', 'cuda' or 'cuda:N', got {value!r}.", param, ctx)
         device = torch.device(value)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -121,14 +138,23 @@ def flag(name: str, **kwargs):
 
 
 def load_generator(path: str, device: torch.device) -> EG3DGenerator:
-    """Return the averaged generator of a network file (G where it has no G_ema) on a device, in eval mode."""
+    """Return the averaged generator of a network file (G where it has no G_ema) on a device, in eval mode.
+
+    Single precision means single precision: TF32, which torch otherwise lets convolutions use, is turned off.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     for key in ('G_ema', 'G'):
         try:
-            return legacy.load_network_pkl(path, only=(key,))[key].to(device)
+            network = legacy.load_network_pkl(path, only=(key,))[key]
         except legacy.NetworkFileError as error:
-            if key == 'G' or 'holds none of' not in str(error):
+            if 'holds none of' not in str(error):
                 raise
-    raise AssertionError('unreachable')
+            continue
+        except ValueError as error:
+            raise click.UsageError(f'--network: {error}') from error
+        if isinstance(network, EG3DGenerator):
+            return network.to(device)
+    raise legacy.NetworkFileError(f'{path}: expected a generator as G_ema or G, found none')
 
 
 def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | None, device: torch.device):
@@ -158,6 +184,17 @@ def make_outdir(path: str) -> pathlib.Path:
     except FileExistsError:
         raise click.UsageError(f'--outdir: {path}: expected a folder, found a file.') from None
     return outdir
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike):
+    """Make errors of the block that writes a file name that file, not its temporary one or none; each is one line."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _one_line(f'{path}: expected a regular file or a new name')
+    try:
+        yield
+    except OSError as error:
+        raise _one_line(f'{path}: cannot be written: {error.strerror or error}') from error
 
 
 def latent(seed: int, z_dim: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import click
 import torch
 
 import cli
+from training.backbone import StyleUNetSynthesis
 from training.checkpoint import save_snapshot
 from training.config import NEXT3D_PLANE_AXES, Next3DConfig
 from training.generator import Next3DGenerator
@@ -19,21 +20,66 @@ CONFIG = Next3DConfig(
     sr_num_fp16_res=0,
     sr_channels=(32, 16),
     superresolution='SuperresolutionHybrid2X',
-    plane_resolution=64,
-    texture_resolution=64,
-    mouth_resolution=16,
-    blending_lowest=16,
+    plane_resolution=128,
+    texture_resolution=128,
+    mouth_resolution=32,
+    blending_lowest=32,
+    plane_layout='aligned',
     has_unused_mappings=False,
     neural_rendering_resolution=64,
     sampling=SamplingConfig(num_depths=24, num_importance=24, plane_axes=NEXT3D_PLANE_AXES),
 )
 
+MARK = 1.0  # Value of the feature that tells the head (+) from the rest (-), before the mean over three planes.
+SURFACE_SHARPNESS = 40.0
+BACKGROUND_DENSITY = -15.0
+
+
+def first_resolution(synthesis) -> int:
+    """Return the resolution of the first block that a synthesis network runs."""
+    return 2 * synthesis.final_size if isinstance(synthesis, StyleUNetSynthesis) else 4
+
+
+def show_the_head(generator: Next3DGenerator) -> None:
+    """Set a few of the random weights so that there is something to see: the mesh's visual hull, painted at random.
+
+    The last plane feature marks where the mesh covers a plane: its colour biases are +MARK in the networks that paint
+    the mesh and -MARK in the static one. One hidden unit of the decoder turns the mark's mean into density, large only
+    where all three planes are covered. Super-resolution is quieted, so that the picture keeps the rendered colours.
+    """
+    config = generator.config
+    last = config.plane_channels - 1
+    for backbone, value in (
+        (generator.texture_backbone, MARK),
+        (generator.neural_blending, MARK),
+        (generator.backbone, -MARK),
+    ):
+        for block in backbone.synthesis.children():
+            if hasattr(block, 'torgb'):
+                block.torgb.weight[last :: config.plane_channels] = 0
+                block.torgb.bias[last :: config.plane_channels] = 0
+        first = getattr(backbone.synthesis, f'b{first_resolution(backbone.synthesis)}').torgb
+        first.bias[last :: config.plane_channels] = value
+    hidden, out = generator.decoder.net[0], generator.decoder.net[2]
+    for layer in (hidden, out):
+        layer.bias.zero_()
+    hidden.weight[:, last] = 0
+    hidden.weight[0] = 0
+    hidden.weight[0, last] = SURFACE_SHARPNESS / hidden.weight_gain
+    hidden.bias[0] = -SURFACE_SHARPNESS * MARK * 2 / 3  # Between two covered planes, mean 1/3, and three, mean 1.
+    out.weight[:, 0] = 0
+    out.weight[0] = 0
+    out.weight[0, 0] = SURFACE_SHARPNESS / 8 / out.weight_gain
+    out.bias[0] = BACKGROUND_DENSITY
+    for block in (generator.superresolution.block0, generator.superresolution.block1):
+        block.torgb.weight.mul_(0.02)
+
 
 @click.command(cls=cli.Command)
-@cli.option('out', metavar='PATH', required=True, help='Snapshot to write (.pkl).')
+@cli.option('out', metavar='PATH', type=cli.PathText(), required=True, help='Snapshot to write (.pkl).')
 @cli.option('seed', metavar='N', type=click.IntRange(0, cli.MAX_SEED), default=0, show_default=True, help='Of weights.')
 @cli.option(
-    'topology_path', metavar='PATH', default='data/demo/head_template.obj', show_default=True,
+    'topology_path', metavar='PATH', type=cli.PathText(), default='data/demo/head_template.obj', show_default=True,
     help='UV-mapped template mesh; uv_face_mask.png beside it is used.',
 )
 def main(out, seed, topology_path):
@@ -41,7 +87,10 @@ def main(out, seed, topology_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         generator = Next3DGenerator(CONFIG, *load_topology(topology_path, CONFIG.texture_resolution))
-    save_snapshot(out, {'G_ema': generator.eval()})
+    with torch.no_grad():
+        show_the_head(generator)
+    with cli.naming(out):
+        save_snapshot(out, {'G_ema': generator.eval()})
     click.echo(f'Wrote {out} ({sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M untrained parameters)')
 
 

@@ -302,7 +302,7 @@ def test_the_reference_on_a_gpu_equals_the_cpu():
     for kind in ('plain', 'small', 'ties', 'wild'):
         positions, faces = random_mesh(10, kind)
         on_gpu = rasterize(positions.cuda(), faces.cuda(), (37, 41), 'ref')
-        assert_same([part.cpu() for part in on_gpu], rasterize(positions, faces, (37, 41), 'ref'))
+        assert_same(RasterResult(*(part.cpu() for part in on_gpu)), rasterize(positions, faces, (37, 41), 'ref'))
 
 
 def rotation(angles_deg):

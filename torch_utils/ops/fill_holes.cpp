@@ -69,10 +69,11 @@ private:
     std::vector<int64_t> pending_;
 };
 
+// Messages are literals: see rasterize.cpp.
 at::Tensor forward(const at::Tensor& alpha, double opaque) {
     TORCH_CHECK(alpha.device().is_cpu() && alpha.scalar_type() == at::kFloat, "alpha: expected fp32 on the CPU");
-    TORCH_CHECK(alpha.dim() == 4 && alpha.size(1) == 1, "alpha: expected [B, 1, H, W], got ", alpha.sizes());
-    TORCH_CHECK(alpha.numel() > 0, "alpha: expected at least one pixel, got ", alpha.sizes());
+    TORCH_CHECK(alpha.dim() == 4 && alpha.size(1) == 1, "alpha: expected [B, 1, H, W]");
+    TORCH_CHECK(alpha.numel() > 0, "alpha: expected at least one pixel");
     const at::Tensor input = alpha.contiguous();
     at::Tensor output = input.new_empty(input.sizes());
     const float* source = input.const_data_ptr<float>();

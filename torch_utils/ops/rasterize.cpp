@@ -110,22 +110,22 @@ void draw_rows(const Mesh& mesh, Axis rows, Axis columns, int64_t begin, int64_t
             image.depth[pixel] = 0.0f;
 }
 
+// Messages are literals: rasterize.py has said what it found, and where the C++ library is linked statically into
+// extensions, formatting numbers through streams that torch set up crashes (seen with torch 2.11 on Ubuntu 24.04).
 void check(const at::Tensor& positions, const at::Tensor& faces, const at::Tensor& rows, const at::Tensor& columns) {
     for (const at::Tensor* tensor : {&positions, &rows, &columns})
         TORCH_CHECK(tensor->device().is_cpu() && tensor->scalar_type() == at::kFloat, "expected fp32 on the CPU");
     TORCH_CHECK(faces.device().is_cpu() && faces.scalar_type() == at::kLong, "faces: expected int64 on the CPU");
-    TORCH_CHECK(positions.dim() == 3 && positions.size(2) == 3, "positions: expected [B, V, 3], got ",
-                positions.sizes());
-    TORCH_CHECK(faces.dim() == 2 && faces.size(1) == 3, "faces: expected [F, 3], got ", faces.sizes());
+    TORCH_CHECK(positions.dim() == 3 && positions.size(2) == 3, "positions: expected [B, V, 3]");
+    TORCH_CHECK(faces.dim() == 2 && faces.size(1) == 3, "faces: expected [F, 3]");
     TORCH_CHECK(rows.dim() == 1 && columns.dim() == 1 && rows.numel() > 0 && columns.numel() > 0,
-                "rows, columns: expected [H] and [W], got ", rows.sizes(), " and ", columns.sizes());
+                "rows, columns: expected [H] and [W]");
 }
 
 void check_range(const at::Tensor& faces, int64_t num_vertices) {
     const int64_t* index = faces.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < faces.numel(); ++i)
-        TORCH_CHECK(index[i] >= 0 && index[i] < num_vertices, "faces: expected indices in [0, ", num_vertices,
-                    "), got ", index[i]);
+        TORCH_CHECK(index[i] >= 0 && index[i] < num_vertices, "faces: expected indices of vertices");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& positions, const at::Tensor& faces,
