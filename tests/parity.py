@@ -105,7 +105,8 @@ def agrees(part: str, actual, expected, kind: str) -> None:
     assert actual.shape == expected.shape, f'{part}: shape {actual.shape}, expected {expected.shape}'
     scale = max(np.sqrt(np.mean(np.square(expected))), 1e-30)
     deviation = float(np.abs(actual - expected).max(initial=0) / scale)
-    assert deviation <= TOLERANCE[kind], f'{part}: deviates by {deviation:.2e} of its scale, allowed {TOLERANCE[kind]:.0e}'
+    allowed = TOLERANCE[kind]
+    assert deviation <= allowed, f'{part}: deviates by {deviation:.2e} of its scale, allowed {allowed:.0e}'
     deviations[part] = (max(deviation, deviations.get(part, (0.0, kind))[0]), kind)
 
 

@@ -98,6 +98,7 @@ def test_gen_samples_on_cuda(tmp_path, demo_inputs):
         out = tmp_path / device
         result = CliRunner().invoke(gen_samples.main, [*arguments, f'--outdir={out}', f'--device={device}'])
         assert result.exit_code == 0, result.output
-        assert sorted(p.name for p in out.iterdir()) == [f'seed0000{e}' for e in ('.mrc', '.png', '_depth.npy', '_depth.png')]
+        endings = ('.mrc', '.png', '_depth.npy', '_depth.png')
+        assert sorted(p.name for p in out.iterdir()) == [f'seed0000{ending}' for ending in endings]
         depths.append(np.load(out / 'seed0000_depth.npy'))
     assert np.abs(depths[0] - depths[1]).max() < 1e-3

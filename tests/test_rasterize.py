@@ -11,7 +11,7 @@ import torch
 
 from torch_utils.custom_ops import plugin, plugin_problem
 from torch_utils.ops import rasterize as module
-from torch_utils.ops.rasterize import interpolate, rasterize
+from torch_utils.ops.rasterize import RasterResult, interpolate, rasterize
 
 VIEWS_DEG = [(0, 0, 0), (0, 90, 0), (0, -90, 0), (90, 0, 0)]
 
