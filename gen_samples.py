@@ -21,6 +21,7 @@ YAW_RANGE, PITCH = 0.4, -0.2
 SHAPE_FORMATS = ('.mrc', '.ply', '.obj', '.glb')
 MAX_SHAPE_RES = 1024
 BAR_AFTER_SECONDS = 2
+MRC_LABEL = 'Raw density'  # The format's usual label holds the time: the same command would write other bytes.
 
 
 class ViewList(click.ParamType):
@@ -36,10 +37,11 @@ class ViewList(click.ParamType):
             count = int(value)
             yaws = np.linspace(YAW_RANGE, -YAW_RANGE, count) if count > 1 else [0.0]
             return tuple((float(yaw), PITCH) for yaw in yaws)
-        number = r'\s*(-?\d+(?:\.\d+)?)\s*'
+        number = r'\s*(-?\d{1,3}(?:\.\d+)?)\s*'
         pairs = [re.fullmatch(f'{number}:{number}', part) for part in value.split(',')]
         if not all(pairs):
-            self.fail(f"expected a number of views or yaw:pitch pairs in degrees ('30:0,-30:0'), got {value!r}.", param, ctx)
+            expected = "a number of views or yaw:pitch pairs in degrees ('30:0,-30:0')"
+            self.fail(f'expected {expected}, got {value!r}.', param, ctx)
         return tuple((float(np.deg2rad(float(p[1]))), float(np.deg2rad(float(p[2])))) for p in pairs)
 
 
@@ -52,9 +54,15 @@ class ShapeOptions:
 
 
 @click.command(cls=cli.Command)
-@cli.option('network', metavar='PATH|URL', required=True, help='Network file: published pickle or own snapshot.')
-@cli.option('obj_path', metavar='PATH', help='Head mesh (.obj) of the topology that the network was trained with.')
-@cli.option('lms_path', metavar='PATH', help='Its 68 landmarks: lines of x y z.')
+@cli.option(
+    'network', metavar='PATH|URL', type=cli.PathText(), required=True,
+    help='Network file: published pickle or own snapshot.',
+)
+@cli.option(
+    'obj_path', metavar='PATH', type=cli.PathText(),
+    help='Head mesh (.obj) of the topology that the network was trained with.',
+)
+@cli.option('lms_path', metavar='PATH', type=cli.PathText(), help='Its 68 landmarks: lines of x y z.')
 @cli.flag('lms_cond', help='Accepted for the published command lines; landmarks are always read.')
 @cli.option('seeds', metavar='LIST', type=cli.SeedList(), required=True, help="Seeds such as '0,3,7-9'.")
 @cli.option('trunc', metavar='PSI', type=cli.FiniteFloat(), default=1.0, show_default=True, help='Truncation.')
@@ -62,7 +70,7 @@ class ShapeOptions:
     'trunc_cutoff', metavar='N', type=click.IntRange(min=0), show_default='14 in published networks',
     help="Truncate this many of the first w vectors; default: all but the texture's.",
 )
-@cli.option('outdir', metavar='DIR', required=True, help='Where to save.')
+@cli.option('outdir', metavar='DIR', type=cli.PathText(), required=True, help='Where to save.')
 @cli.flag('shapes', help='Also write the density or its surface.')
 @cli.option(
     'shape_res', metavar='N', type=click.IntRange(2, MAX_SHAPE_RES), default=512, show_default=True,
@@ -98,7 +106,7 @@ def main(network, seeds, outdir, shapes, shape_res, shape_format, device, obj_pa
     bar = tqdm(total=len(seeds) * (1 + len(options['views'])), unit='step', delay=BAR_AFTER_SECONDS)
     with torch.no_grad(), bar:
         for seed in seeds:
-            bar.set_description(f'seed {seed}')
+            bar.set_description(f'seed {seed}', refresh=False)  # A refresh would show the bar before its time.
             planes = _write_pictures(generator, v, folder, seed, options, bar)
             if shape:
                 _write_shape(generator, planes, folder / f'seed{seed:04d}{shape.file_format}', shape)
@@ -141,13 +149,14 @@ def _labels(generator: EG3DGenerator, views, focal):
 
 
 def _save_png(path, pixels):
-    with atomic_write(path) as file:
+    with cli.naming(path), atomic_write(path) as file:
         Image.fromarray(pixels).save(file, format='PNG')
 
 
 def _save_depth(folder, seed, depth):
     """Write distances along the rays [H, W] in world units, and a picture of them in which near is white."""
-    with atomic_write(folder / f'seed{seed:04d}_depth.npy') as file:
+    path = folder / f'seed{seed:04d}_depth.npy'
+    with cli.naming(path), atomic_write(path) as file:
         np.save(file, depth)
     near, far = float(depth.min()), float(depth.max())
     grey = 255 * (far - depth) / max(far - near, 1e-6)
@@ -186,15 +195,16 @@ def _vertex_colours(generator, planes, world):
 def _save_mrc(path, grid):
     import mrcfile  # Here: only shapes need it.
 
-    with atomic_path(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
+    with cli.naming(path), atomic_path(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
         file.set_data(grid)
+        file.header.label[0] = MRC_LABEL.ljust(80)
 
 
 def _save_mesh(path: pathlib.Path, vertices, faces, colours):
     import trimesh  # Here: only shapes need it, and importing it takes most of a second.
 
     mesh = trimesh.Trimesh(vertices, faces, vertex_colors=colours, process=False)
-    with atomic_path(path) as temporary:
+    with cli.naming(path), atomic_path(path) as temporary:
         mesh.export(temporary, file_type=path.suffix[1:])
 
 

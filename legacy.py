@@ -10,7 +10,7 @@ from torch import nn
 
 import dnnlib.util
 from torch_utils import restricted_pickle
-from torch_utils.restricted_pickle import PickledObject, plain
+from torch_utils.restricted_pickle import PickledObject, PickledTensor, plain
 from training import checkpoint
 from training.checkpoint import NETWORK_KEYS, SnapshotError
 from training.config import DiscriminatorConfig, EG3DConfig, MappingConfig, Next3DConfig
@@ -44,16 +44,21 @@ def load_network_pkl(
     Next3D pickle or of a snapshot written by this project. only: build just these, to save time and memory.
     Networks come on the CPU, in float32, in eval mode and without gradients.
     Code in the file is never run: names outside an allow-list are refused. Raises NetworkFileError for files that are
-    damaged, hostile or hold something else, FileNotFoundError, and dnnlib.util.DownloadError.
+    damaged, hostile or hold something else, OSError where a path cannot be read, and dnnlib.util.DownloadError.
     """
     name = getattr(source, 'name', 'network file') if hasattr(source, 'read') else os.fspath(source)
     try:
         content = _read(source)
         return _networks(content, only)
     except pickle.UnpicklingError as error:
-        raise NetworkFileError(f'{name}: cannot be loaded: {error}') from error
+        raise NetworkFileError(f'{name}: cannot be loaded: {_one_line(error)}') from error
     except SnapshotError as error:
-        raise NetworkFileError(f'{name}: {error}') from error
+        raise NetworkFileError(f'{name}: {_one_line(error)}') from error
+
+
+def _one_line(error):
+    """Return a message with the line breaks and control characters that a file may put into it escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(error))
 
 
 def _read(source):
@@ -68,8 +73,8 @@ def _networks(content, only):
         raise SnapshotError(f'holds no network: expected a dict with {", ".join(NETWORK_KEYS)}')
     is_own = content.get('format') == checkpoint.FORMAT
     if is_own and content.get('version') != checkpoint.VERSION:
-        raise SnapshotError(f'snapshot version {content.get("version")}: expected {checkpoint.VERSION}')
-    build = checkpoint.network_from_data if is_own else _from_published
+        raise SnapshotError(f'snapshot of another version of this project: expected version {checkpoint.VERSION}')
+    build = _from_snapshot if is_own else _from_published
     networks = {}
     for key in NETWORK_KEYS:
         if key in only and content.get(key) is not None:
@@ -80,6 +85,10 @@ def _networks(content, only):
     if not networks:
         raise SnapshotError(f'holds none of {", ".join(only)}')
     return networks
+
+
+def _from_snapshot(data) -> nn.Module:
+    return checkpoint.network_from_data(plain(data))
 
 
 def _from_published(pickled) -> nn.Module:
@@ -96,27 +105,34 @@ def _from_published(pickled) -> nn.Module:
                 tensors['uv_face_mask'] = plain(pickled.state['uv_face_mask'])
         else:
             raise SnapshotError(f'class {pickled.class_name} is not a network of EG3D or Next3D that is known here')
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SnapshotError(f'damaged network ({type(error).__name__}: {error})') from error
     except SnapshotError:
         raise
     except ValueError as error:
         raise SnapshotError(f'network that is not supported: {error}') from error
+    except checkpoint.DAMAGE as error:
+        raise SnapshotError(f'damaged network ({type(error).__name__}: {error})') from error
     return checkpoint.build_network(config, tensors)
 
 
-def _collect_tensors(pickled, prefix='') -> dict[str, torch.Tensor]:
+def _collect_tensors(pickled, prefix='', seen=None) -> dict[str, torch.Tensor]:
     """Return the state dict: parameters and persistent buffers of an object and of the modules in it."""
+    seen = set() if seen is None else seen
+    if id(pickled) in seen:
+        raise SnapshotError(f'module {prefix}* is used twice')
+    seen.add(id(pickled))
     state = pickled.state
     dropped = state.get('_non_persistent_buffers_set', ())
     tensors = {}
     for group in ('_parameters', '_buffers'):
         for name, tensor in state.get(group, {}).items():
-            if tensor is not None and not (group == '_buffers' and name in dropped):
-                tensors[prefix + name] = plain(tensor)
+            if tensor is None or (group == '_buffers' and name in dropped):
+                continue
+            if not isinstance(tensor, PickledTensor):
+                raise SnapshotError(f'{prefix}{name}: expected a tensor, got {type(tensor).__name__}')
+            tensors[prefix + name] = plain(tensor)
     for name, module in state.get('_modules', {}).items():
         if module is not None:
-            tensors.update(_collect_tensors(module, f'{prefix}{name}.'))
+            tensors.update(_collect_tensors(module, f'{prefix}{name}.', seen))
     return tensors
 
 
@@ -130,7 +146,7 @@ def _generator_config(pickled, tensors) -> EG3DConfig:
     """Translate constructor arguments and the plain attributes that win over them."""
     kwargs = _init_arguments(pickled, GENERATOR_ARGUMENTS)
     modules = pickled.state['_modules']
-    rendering = plain(pickled.state.get('rendering_kwargs', kwargs.get('rendering_kwargs', {})))
+    rendering = _attribute(pickled, 'rendering_kwargs', kwargs.get('rendering_kwargs', {}))
     common = dict(
         z_dim=kwargs['z_dim'],
         c_dim=_label_length(tensors, 'backbone.mapping.embed.weight'),
@@ -142,7 +158,7 @@ def _generator_config(pickled, tensors) -> EG3DConfig:
         superresolution_noise_mode=rendering.get('superresolution_noise_mode', 'none'),
         sr_antialias=rendering.get('sr_antialias', True),
         decoder_lr_mul=rendering.get('decoder_lr_mul', 1),
-        neural_rendering_resolution=pickled.state.get('neural_rendering_resolution', DEFAULT_RENDERING_RESOLUTION),
+        neural_rendering_resolution=_attribute(pickled, 'neural_rendering_resolution', DEFAULT_RENDERING_RESOLUTION),
         sampling=_sampling_config(rendering, plain(modules['renderer'].state['plane_axes'])),
         c_scale=rendering.get('c_scale', 1),
         c_gen_conditioning_zero=rendering.get('c_gen_conditioning_zero', False),
@@ -180,7 +196,7 @@ def _discriminator_config(pickled, tensors) -> DiscriminatorConfig:
         img_channels=kwargs['img_channels'],
         mbstd_group_size=epilogue.get('mbstd_group_size', 4),
         mbstd_num_channels=epilogue.get('mbstd_num_channels', 1),
-        disc_c_noise=pickled.state.get('disc_c_noise', kwargs.get('disc_c_noise', 0)),
+        disc_c_noise=_attribute(pickled, 'disc_c_noise', kwargs.get('disc_c_noise', 0)),
         freeze_layers=kwargs.get('block_kwargs', {}).get('freeze_layers', 0),
         mapping=_mapping_config(mapping),
         **_width_arguments(kwargs),
@@ -218,10 +234,16 @@ def _sampling_config(rendering, plane_axes):
 
 def _plane_axes(matrices):
     """Turn the stored axes [3, 3, 3] into pairs of coordinates: plane i reads the first two of point·inverse(axes_i)."""
+    if matrices.shape != (3, 3, 3):
+        raise SnapshotError(f'plane_axes: expected [3, 3, 3], got {list(matrices.shape)}')
     inverse = torch.linalg.inv(matrices.float())[:, :, :2]
     if not torch.equal(inverse, (inverse == 1).float()) or (inverse.sum(dim=1) != 1).any():
         raise SnapshotError('planes that are not along the axes are not supported')
     return tuple(tuple(pair) for pair in inverse.argmax(dim=1).tolist())
+
+
+def _attribute(pickled, name, default):
+    return plain(pickled.state.get(name, default))
 
 
 def _side_of(backbone):

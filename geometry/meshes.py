@@ -12,6 +12,7 @@ import numpy as np
 
 NUM_LANDMARKS = 68
 LANDMARK_LIMIT = 0.3  # Metres; landmarks in pixels are far above it.
+EXCERPT = 60  # Characters of a line that a message quotes.
 
 
 class MeshFileError(ValueError):
@@ -19,7 +20,7 @@ class MeshFileError(ValueError):
 
 
 class ObjMesh(NamedTuple):
-    """vertices [V, 3] and uvs [T, 2] float32, faces and uv_faces [F, 3] int64 (uv_faces None where there are no UVs)."""
+    """vertices [V, 3] and uvs [T, 2] float32; faces and uv_faces [F, 3] int64 (uv_faces None where UVs are missing)."""
 
     vertices: np.ndarray
     uvs: np.ndarray
@@ -77,15 +78,16 @@ def stack_mesh(vertices: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 def _numbers(path, rows, count):
     """Return the first `count` numbers of each row as float32 [rows, count]."""
     try:
-        values = np.array([words[:count] for _, words in rows], dtype=np.float64).reshape(len(rows), count)
+        with np.errstate(over='ignore'):  # Numbers beyond float32 become infinite, which is told below.
+            values = np.array([words[:count] for _, words in rows], dtype=np.float32).reshape(len(rows), count)
     except ValueError:
-        number = next(n for n, words in rows if not _are_numbers(words[:count], count))
-        raise MeshFileError(f'{path}, line {number}: expected {count} numbers') from None
+        number, words = next(row for row in rows if not _are_numbers(row[1][:count], count))
+        raise MeshFileError(f'{path}, line {number}: expected {count} numbers, found {_excerpt(words)}') from None
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         number, words = rows[bad[0]]
-        raise MeshFileError(f'{path}, line {number}: expected finite numbers, found {" ".join(words)}')
-    return values.astype(np.float32)
+        raise MeshFileError(f'{path}, line {number}: expected finite numbers, found {_excerpt(words)}')
+    return values
 
 
 def _are_numbers(words, count):
@@ -93,6 +95,12 @@ def _are_numbers(words, count):
         return len([float(word) for word in words]) == count
     except ValueError:
         return False
+
+
+def _excerpt(words):
+    """Return the words of a line, cut to what a message can hold."""
+    text = ' '.join(words)
+    return text if len(text) <= EXCERPT else f'{text[:EXCERPT]}...'
 
 
 def _corners(path, rows, num_vertices, num_uvs):
@@ -104,12 +112,18 @@ def _corners(path, rows, num_vertices, num_uvs):
         try:
             corners.append([[int(part or 0) for part in (word.split('/') + [''])[:2]] for word in words])
         except ValueError:
-            raise MeshFileError(f'{path}, line {number}: expected corners v or v/vt, found {" ".join(words)}') from None
-    indices = np.array(corners, dtype=np.int64).reshape(len(rows), 3, 2)
+            raise MeshFileError(f'{path}, line {number}: expected corners v or v/vt, found {_excerpt(words)}') from None
+    try:
+        indices = np.array(corners, dtype=np.int64).reshape(len(rows), 3, 2)
+    except OverflowError:
+        raise MeshFileError(f'{path}: expected vertex numbers up to {num_vertices}, found one beyond 64 bits') from None
     faces, uv_faces = indices[:, :, 0] - 1, indices[:, :, 1] - 1
     for name, values, limit in (('vertex', faces, num_vertices), ('UV', uv_faces, num_uvs)):
         lowest = 0 if name == 'vertex' else -1
         bad = np.flatnonzero(((values < lowest) | (values >= limit)).any(axis=1)) if len(values) else []
         if len(bad):
-            raise MeshFileError(f'{path}, line {rows[bad[0]][0]}: refers to a {name} that is not one of {limit}')
+            number, words = rows[bad[0]]
+            raise MeshFileError(
+                f'{path}, line {number}: expected {name} numbers from 1 to {limit}, found {_excerpt(words)}'
+            )
     return faces, uv_faces if len(faces) and (uv_faces >= 0).all() else None

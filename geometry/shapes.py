@@ -32,25 +32,25 @@ def density_grid(
     is that of the result and one slab. The first and the last sample of each axis lie on the cube's faces. The border
     holds EMPTY. on_slab: called after each slab, for progress bars.
     """
-    axis = torch.linspace(-side / 2, side / 2, resolution)
-    y, z = torch.meshgrid(axis, axis, indexing='ij')
-    points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3)
     pad = border_width(resolution)
     inside = slice(pad, resolution - pad)
+    axis = torch.linspace(-side / 2, side / 2, resolution)
+    y, z = torch.meshgrid(axis[inside], axis[inside], indexing='ij')
+    points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3)
     grid = np.full([resolution] * 3, EMPTY, dtype=np.float32)
     for i in range(resolution):
         if pad <= i < resolution - pad:
             points[..., 0] = axis[i]
-            slab = query_sigma(points).reshape(resolution, resolution).cpu().numpy()
-            grid[resolution - 1 - i, inside, inside] = slab[inside, inside]
+            grid[resolution - 1 - i, inside, inside] = query_sigma(points).reshape(y.shape).cpu().numpy()
         on_slab()
     return grid
 
 
 def extract_surface(grid: np.ndarray, level: float = SURFACE_LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Return vertices [V, 3] in grid indices and faces [F, 3] of the level set of a `density_grid`, facing outwards.
+    """Return vertices [V, 3] in grid indices and faces [F, 3] of the level set of a `density_grid`.
 
-    Raises NoSurfaceError where the density stays on one side of the level.
+    Faces look outwards in the world and in published .ply files; grid indices are their mirror image. Raises
+    NoSurfaceError where the density stays on one side of the level.
     """
     from skimage.measure import marching_cubes  # Here: importing it takes most of a second.
 

@@ -5,8 +5,10 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
@@ -34,3 +36,21 @@ def pytest_sessionfinish(session):
     path = session.config.getoption('--fidelity-json')
     if path:
         pathlib.Path(path).write_text(json.dumps(parity.deviations, indent=1))
+
+
+@pytest.fixture(scope='session')
+def demo_meshes():
+    """Vertices and landmarks [2, 5091, 3] of the demo head and its deformation."""
+    vertices, *_ = parity.recipe.load_obj(parity.parity_file('demo.obj'))
+    landmarks = np.loadtxt(parity.parity_file('demo_kpt2d.txt'))
+    v = np.concatenate([vertices, landmarks])
+    return torch.from_numpy(np.stack([v.astype(np.float32), parity.recipe.deform(v)]))
+
+
+@pytest.fixture(scope='session')
+def topology():
+    """faces, uvs, uv_faces and the eye mask of the published head."""
+    _, uvs, faces, uv_faces = parity.recipe.load_obj(parity.parity_file('head_template.obj'))
+    mask = np.asarray(Image.open(parity.parity_file('uv_face_eye_mask.png')))
+    mask = torch.tensor(mask if mask.ndim == 2 else mask[..., 0]).float()[None, None] / 255
+    return faces, uvs, uv_faces, torch.nn.functional.interpolate(mask, size=(256, 256))

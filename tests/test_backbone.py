@@ -21,6 +21,15 @@ W_DIM = 4
 WIDTHS = dict(channel_base=32, channel_max=6)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """Tensors are tiny: on shared cores, threads would spend most of the time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -61,7 +70,8 @@ def test_counts_and_resolutions():
 
 
 def test_channels_halve_from_the_resolution_where_they_reach_their_maximum():
-    assert SynthesisNetwork(W_DIM, 64, 3, channel_base=256, channel_max=20).channels == {4: 20, 8: 20, 16: 16, 32: 8, 64: 4}
+    network = SynthesisNetwork(W_DIM, 64, 3, channel_base=256, channel_max=20)
+    assert network.channels == {4: 20, 8: 20, 16: 16, 32: 8, 64: 4}
 
 
 # ---- StyleGAN2
@@ -130,11 +140,17 @@ def test_half_precision_is_for_cuda_devices_only():
 
 
 def test_clamp_reaches_every_layer():
-    ws = 30 * torch.randn(1, 6, W_DIM)
-    network = synthesis(16, conv_clamp=0.25)
-    calls = record(network, (SynthesisLayer, ToRGBLayer))
-    network(ws)
-    assert len(calls) == 8 and {y.abs().max().item() for _, y in calls.values()} == {0.25}
+    free, clamped = synthesis(16), synthesis(16, conv_clamp=0.01)
+    ws = torch.randn(1, free.num_ws, W_DIM)
+    for network, is_clamped in ((free, False), (clamped, True)):
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.mul_(100 if 'torgb.weight' in name else 1)
+                parameter.add_(1 if name.endswith('.bias') else 0)
+        calls = record(network, (SynthesisLayer, ToRGBLayer))
+        network(ws)
+        assert len(calls) == 8
+        assert all((y.abs().max() == torch.tensor(0.01)) == is_clamped for _, y in calls.values())
 
 
 def test_a_block_may_stay_at_its_inputs_resolution():

@@ -11,6 +11,15 @@ from training.layers import Conv2dLayer, FullyConnectedLayer, SynthesisLayer, To
 from training.mapping import W_AVG_BETA, MappingNetwork
 
 
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """Tensors are tiny: on shared cores, threads would spend most of the time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -240,8 +249,8 @@ def test_inputs_of_width_zero_are_left_out():
 
 
 def test_widths_of_hidden_layers():
-    shapes = {k: tuple(v.shape) for k, v in mapping(num_layers=3, embed_features=7, layer_features=8).state_dict().items()}
-    weights = {name: shape for name, shape in shapes.items() if name.endswith('weight')}
+    state = mapping(num_layers=3, embed_features=7, layer_features=8).state_dict()
+    weights = {name: tuple(tensor.shape) for name, tensor in state.items() if name.endswith('weight')}
     assert weights == {'embed.weight': (7, 4), 'fc0.weight': (8, 12), 'fc1.weight': (8, 8), 'fc2.weight': (6, 8)}
 
 

@@ -23,6 +23,15 @@ OBLONG = torch.tensor([[1.0, 2, 3, 4], [0, -1, 2, 5]])  # [2, 4], neither separa
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """Tensors are tiny: on shared cores, threads would spend most of the time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -67,7 +76,8 @@ def test_bias_act_is_the_formula(act):
             [min(max(factor * SCALAR_ACTIVATIONS[act](x + y), -limit), limit) for x, y in zip(row, b.tolist())]
             for row in POINTS.tolist()
         ]
-        assert_close(bias_act(POINTS, b, act=act, gain=gain, clamp=clamp), torch.tensor(expected).double(), torch.float32)
+        actual = bias_act(POINTS, b, act=act, gain=gain, clamp=clamp)
+        assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_default_gain_keeps_the_mean_square_of_normal_input():
@@ -233,9 +243,8 @@ def test_setup_filter():
 def test_separable_filters_equal_their_outer_product(wrapper, taps):
     x = draw(1, 2, 7, 6)
     for flip in (False, True):
-        flat, full = (
-            wrapper(x, setup_filter(taps, separable=s), flip_filter=flip, gain=2.0, padding=(1, 0)) for s in (True, False)
-        )
+        options = dict(flip_filter=flip, gain=2.0, padding=(1, 0))
+        flat, full = (wrapper(x, setup_filter(taps, separable=s), **options) for s in (True, False))
         assert_close(flat, full, torch.float32)  # The filters themselves are float32.
 
 
@@ -295,7 +304,8 @@ def test_filtered_lrelu_without_filters_is_bias_act_and_leaves_its_input_alone()
 def test_gradients_of_filtered_lrelu():
     for clamp in (None, 0.5):
         options = dict(up=2, down=2, padding=4, clamp=clamp)
-        check_gradients(lambda x, b: filtered_lrelu(x, BINOMIAL, BINOMIAL, b, **options), draw(1, 2, 3, 3), draw(2, seed=1))
+        x, b = draw(1, 2, 3, 3), draw(2, seed=1)
+        check_gradients(lambda x, b: filtered_lrelu(x, BINOMIAL, BINOMIAL, b, **options), x, b)
 
 
 # ---- conv2d_resample

@@ -9,7 +9,6 @@ import parity
 import pytest
 import torch
 from parity import agrees, fill, rnd
-from PIL import Image
 
 import legacy
 from geometry import cameras
@@ -18,24 +17,6 @@ from training.config import MappingConfig, Next3DConfig
 from training.generator import Next3DGenerator
 
 ABSENT_IN_NEW_NETWORKS = ('dense_faces', 'dataset_label_std')
-
-
-@pytest.fixture(scope='module')
-def demo_meshes():
-    """Vertices and landmarks [2, 5091, 3] of the demo head and its deformation."""
-    vertices, *_ = parity.recipe.load_obj(parity.parity_file('demo.obj'))
-    landmarks = np.loadtxt(parity.parity_file('demo_kpt2d.txt'))
-    v = np.concatenate([vertices, landmarks])
-    return torch.from_numpy(np.stack([v.astype(np.float32), parity.recipe.deform(v)]))
-
-
-@pytest.fixture(scope='module')
-def topology():
-    """faces, uvs, uv_faces and the eye mask of the published head."""
-    _, uvs, faces, uv_faces = parity.recipe.load_obj(parity.parity_file('head_template.obj'))
-    mask = np.asarray(Image.open(parity.parity_file('uv_face_eye_mask.png')))
-    mask = torch.tensor(mask if mask.ndim == 2 else mask[..., 0]).float()[None, None] / 255
-    return faces, uvs, uv_faces, torch.nn.functional.interpolate(mask, size=(256, 256))
 
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads pickles of networks from strangers: an allow-list decides what a name means, and nothing named is imported or run.
+"""Reads pickles of networks from strangers: an allow-list decides what a name means; nothing named is imported or run.
 
 Every global that a pickle may name is answered with a function or class of this file, which checks its arguments and
 builds inert data: dicts, `PickledTensor`, `PickledArray`, `PickledObject`. All other names are refused.
@@ -11,7 +11,6 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +18,8 @@ import torch
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # First number of a torch.save stream before the zip format.
 LEGACY_PROTOCOL = 1001
+MAX_DIMENSIONS = 64
+MAX_VALUES, MAX_DEPTH = 200_000, 50  # Of one structure: what a file may nest in few bytes has no other limit.
 STORAGE_DTYPES = {
     'DoubleStorage': torch.float64,
     'FloatStorage': torch.float32,
@@ -34,6 +35,9 @@ STORAGE_DTYPES = {
 }
 NUMPY_KINDS = 'biuf'
 NUMPY_ITEM_SIZES = (1, 2, 4, 8)
+# What a damaged pickle raises while it is read.
+DAMAGE = (EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError, AssertionError, struct.error)
+DAMAGE += (RecursionError, MemoryError)
 PERSISTENCE = ('torch_utils.persistence', '_reconstruct_persistent_obj')
 TORCH_MODULES = {
     ('torch.nn.modules.container', 'ModuleList'),
@@ -102,22 +106,35 @@ class _StorageType:
 def load(file: BinaryIO) -> Any:
     """Return the content of a pickle as inert data; `plain` turns its tensors and arrays into real ones.
 
-    Raises UnsafePickleError naming the first global that is not allowed, pickle.UnpicklingError for a file that is
-    truncated or not a pickle.
+    Containers may hold themselves, or one another many times over: `plain` refuses those. Raises UnsafePickleError
+    naming the first global that is not allowed, pickle.UnpicklingError for a file that is truncated or not a pickle.
     """
     return _load(file, _Unpickler)
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a loaded pickle with tensors and arrays, also inside containers, made."""
+    """Return a value of a loaded pickle as a tree, with tensors and arrays, also inside containers, made.
+
+    Tensors and arrays are views of what was read: copy them before writing to them. Raises pickle.UnpicklingError for
+    structures that hold themselves or are too large.
+    """
+    return _plain(value, iter(range(MAX_VALUES)), MAX_DEPTH)
+
+
+def _plain(value, budget, depth):
+    if next(budget, None) is None or depth == 0:
+        raise pickle.UnpicklingError('a structure that is nested too deep or repeats itself')
+    if isinstance(value, int) and abs(value) >= 2**64:  # Python refuses to print the longest ones.
+        raise pickle.UnpicklingError('a number of more than 64 bits')
     if isinstance(value, PickledTensor):
         return value.tensor()
     if isinstance(value, PickledArray):
         return value.array()
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: _plain(entry, budget, depth - 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(entry) for entry in value)
+        entries = [_plain(entry, budget, depth - 1) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
     return value
 
 
@@ -126,27 +143,66 @@ def _load(file, unpickler, *args):
         return unpickler(file, *args).load()
     except pickle.UnpicklingError:
         raise
-    except (EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError, struct.error) as error:
+    except DAMAGE as error:
         raise pickle.UnpicklingError(f'damaged or not a pickle ({type(error).__name__}: {error})') from error
-    except (RecursionError, MemoryError, UnicodeDecodeError) as error:
-        raise pickle.UnpicklingError(f'damaged pickle ({type(error).__name__})') from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Tuple(tuple):
+    """A tuple that cannot be a key: hashing nested ones takes the C stack, or time exponential in their number."""
+
+    __slots__ = ()
+    __hash__ = None
+
+
+class _Opcodes(dict):
+    """The instructions of a pickle; those that no network file needs are refused."""
+
+    def __missing__(self, code):
+        raise pickle.UnpicklingError(f'damaged or not a pickle (instruction {bytes([code])!r})')
+
+
+def _sealing(load_tuple):
+    def load_sealed_tuple(unpickler):
+        load_tuple(unpickler)
+        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+    return load_sealed_tuple
+
+
+_OPCODES = _Opcodes(pickle._Unpickler.dispatch)
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _OPCODES[_code[0]] = _sealing(_OPCODES[_code[0]])
+for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.FROZENSET, pickle.BYTEARRAY8):
+    del _OPCODES[_code[0]]
+
+
+class _StorageUnpickler(pickle._Unpickler):
+    """Reads pickles that may name storage types and nothing else: those inside a storage.
+
+    The unpickler in Python is the base because the one in C takes memory for memo numbers that a file makes up.
+    """
+
+    dispatch = _OPCODES
+
     def find_class(self, module, name):
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            pass
         if module == 'torch' and name in STORAGE_DTYPES or (module, name) == ('torch.storage', 'UntypedStorage'):
             return _StorageType(STORAGE_DTYPES[name])
-        is_plain = name in PLAIN_MODULES and module.split('.')[0] in PLAIN_MODULE_PACKAGES
-        if is_plain or (module, name) in TORCH_MODULES:
-            return _object_class(name, module)
         raise UnsafePickleError(f'it names {module}.{name}, which no network file needs; nothing was run')
 
     def persistent_load(self, pid):
         raise pickle.UnpicklingError('it refers to data outside the file')
+
+
+class _Unpickler(_StorageUnpickler):
+    """Reads the pickle of a network file."""
+
+    def find_class(self, module, name):
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        is_plain = name in PLAIN_MODULES and module.split('.')[0] in PLAIN_MODULE_PACKAGES
+        if is_plain or (module, name) in TORCH_MODULES:
+            return _object_class(name, module)
+        return super().find_class(module, name)
 
 
 def _object_class(name, module):
@@ -194,9 +250,9 @@ class PickledTensor:
 
     def __init__(self, storage, offset, size, stride):
         numbers = [offset, *size, *stride]
-        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        if not isinstance(storage, _Storage) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
             raise pickle.UnpicklingError('tensor with a damaged layout')
-        if len(size) != len(stride):
+        if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
             raise pickle.UnpicklingError('tensor with a damaged layout')
         self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
 
@@ -204,16 +260,18 @@ class PickledTensor:
         raise pickle.UnpicklingError('the file tries to change a tensor')
 
     def tensor(self) -> torch.Tensor:
-        """Return a contiguous copy; UnpicklingError where the layout leaves the storage."""
+        """Return a view of the storage; UnpicklingError where the layout leaves it or repeats its numbers."""
         numbers = self.storage.numbers
         if numbers is None:
             raise pickle.UnpicklingError('storage without data')
-        if not math.prod(self.size):
-            return numbers.new_empty(self.size)
+        count = math.prod(self.size)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
-        if last >= numbers.numel():
+        if count > numbers.numel() or (count and last >= numbers.numel()):
             raise pickle.UnpicklingError(f'tensor of shape {list(self.size)} in a storage of {numbers.numel()} numbers')
-        return numbers.as_strided(self.size, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
+        try:
+            return numbers.as_strided(self.size, self.stride, self.offset if count else 0)
+        except RuntimeError as error:  # Strides of dimensions that hold one number or none may be absurd.
+            raise pickle.UnpicklingError('tensor with a damaged layout') from error
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_):
@@ -237,8 +295,10 @@ def _storage_from_bytes(data):
 
 
 def _new_storage(pid):
-    """Return (key, empty storage) of a persistent id ('storage', type, key, location, length, ...)."""
-    kind, storage_type, key, _, length = pid[:5]
+    """Return (key, empty storage) of a persistent id ('storage', type, key, location, length[, None])."""
+    kind, storage_type, key, _, length, *view = pid
+    if any(part is not None for part in view):
+        raise pickle.UnpicklingError('storage that is a part of another')
     if kind != 'storage' or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
         raise pickle.UnpicklingError('damaged reference to a storage')
     if type(length) is not int or length < 0:
@@ -246,7 +306,7 @@ def _new_storage(pid):
     return key, _Storage(storage_type.dtype, length)
 
 
-class _LegacyUnpickler(_Unpickler):
+class _LegacyUnpickler(_StorageUnpickler):
     """The object pickle of a legacy stream: the storages' numbers follow the pickles."""
 
     def __init__(self, file, storages):
@@ -260,14 +320,14 @@ class _LegacyUnpickler(_Unpickler):
 
 def _load_legacy(data):
     stream = io.BytesIO(data)
-    if _load(stream, _Unpickler) != LEGACY_MAGIC or _load(stream, _Unpickler) != LEGACY_PROTOCOL:
+    if [_load(stream, _StorageUnpickler) for _ in range(2)] != [LEGACY_MAGIC, LEGACY_PROTOCOL]:
         raise pickle.UnpicklingError('storage in an unknown format')
-    system = _load(stream, _Unpickler)
+    system = _load(stream, _StorageUnpickler)
     if not isinstance(system, dict) or not system.get('little_endian', True):
         raise pickle.UnpicklingError('storage in an unknown byte order')
     storages = {}
     loaded = _load(stream, _LegacyUnpickler, storages)
-    keys = _load(stream, _Unpickler)
+    keys = _load(stream, _StorageUnpickler)
     position = stream.tell()
     for key in keys:
         if key not in storages:
@@ -281,16 +341,19 @@ def _load_legacy(data):
     return loaded
 
 
-class _ZipUnpickler(_Unpickler):
-    """The object pickle of torch's zip format: storages are members of the archive."""
+class _ZipUnpickler(_StorageUnpickler):
+    """The object pickle of torch's zip format: the storage is a member of the archive."""
 
     def __init__(self, file, archive, root):
         super().__init__(file)
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.has_read = archive, root, False
 
     def persistent_load(self, pid):
         key, storage = _new_storage(pid)
-        return storage.fill(self.archive.read(f'{self.root}data/{key}'))
+        if self.has_read:
+            raise pickle.UnpicklingError('storage that refers to several')
+        self.has_read = True
+        return storage.fill(_zip_member(self.archive, f'{self.root}data/{key}'))
 
 
 def _load_zip(data):
@@ -299,9 +362,19 @@ def _load_zip(data):
             name = next((n for n in archive.namelist() if n.endswith('data.pkl')), None)
             if name is None:
                 raise pickle.UnpicklingError('storage in an unknown zip format')
-            return _load(io.BytesIO(archive.read(name)), _ZipUnpickler, archive, name[: -len('data.pkl')])
-    except zipfile.BadZipFile as error:
+            root = name.removesuffix('data.pkl')
+            if f'{root}byteorder' in archive.namelist() and _zip_member(archive, f'{root}byteorder') != b'little':
+                raise pickle.UnpicklingError('storage in an unknown byte order')
+            return _load(io.BytesIO(_zip_member(archive, name)), _ZipUnpickler, archive, root)
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise pickle.UnpicklingError(f'damaged storage ({error})') from error
+
+
+def _zip_member(archive, name):
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise pickle.UnpicklingError('compressed or encrypted storage')
+    return archive.read(info)
 
 
 # --- numpy -----------------------------------------------------------------------------------------------------------
@@ -335,12 +408,12 @@ class PickledArray:
         self.state = state
 
     def array(self) -> np.ndarray:
-        """Return the array, in C order."""
-        _, shape, dtype, is_fortran, data = self.state
-        if not isinstance(dtype, _NumpyDtype) or not isinstance(data, bytes):
-            raise pickle.UnpicklingError('damaged numpy array')
-        flat = np.frombuffer(data, dtype=dtype.resolve())
-        return flat.reshape(shape, order='F' if is_fortran else 'C').copy(order='C')
+        """Return the array, read-only."""
+        try:
+            _, shape, dtype, is_fortran, data = self.state
+            return np.frombuffer(data, dtype=dtype.resolve()).reshape(shape, order='F' if is_fortran else 'C')
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise pickle.UnpicklingError(f'damaged numpy array ({error})') from error
 
 
 def _numpy_dtype(text, *_):
@@ -362,24 +435,23 @@ def _numpy_reconstruct(*_):
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
-class _EasyDict(dict, metaclass=_Sealed):
-    """A dict with attribute access, of which only the dict matters."""
+class _Dict(dict, metaclass=_Sealed):
+    """A dict of another class, of which only the entries matter: attributes could hide its methods."""
 
     __slots__ = ()
 
     def __setstate__(self, state):
-        if isinstance(state, dict):
-            self.update(state)
+        pass
 
 
 _REBUILD_TENSOR, _NUMPY_SCALAR = _Function(_rebuild_tensor), _Function(_numpy_scalar)
 _NUMPY_RECONSTRUCT, _SET = _Function(_numpy_reconstruct), _Function(lambda items=(): set(items))
 _ALLOWED = {
     PERSISTENCE: _Function(_persistent_object),
-    ('collections', 'OrderedDict'): OrderedDict,
+    ('collections', 'OrderedDict'): _Dict,
     ('builtins', 'set'): _SET,
     ('__builtin__', 'set'): _SET,
-    ('dnnlib.util', 'EasyDict'): _EasyDict,
+    ('dnnlib.util', 'EasyDict'): _Dict,
     ('numpy', 'dtype'): _Function(_numpy_dtype),
     ('numpy', 'ndarray'): _Function(lambda *_: PickledArray()),
     ('torch._utils', '_rebuild_tensor_v2'): _REBUILD_TENSOR,

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from torch_utils.custom_ops import check_shape
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
 from training.layers import BINOMIAL_FILTER, Conv2dLayer, SynthesisLayer, ToRGBLayer
 from training.mapping import MappingNetwork
@@ -156,6 +157,7 @@ class StyleUNetSynthesis(SynthesisNetwork):
         if not final_size < in_size <= self.img_resolution:
             raise ValueError(f'in_size: expected above {final_size}, at most {self.img_resolution}, got {in_size}')
         self.in_size, self.final_size, self.num_cond_res = in_size, final_size, num_cond_res
+        self.cond_channels = cond_channels
         num_stages = int(math.log2(in_size // final_size))
         stage_sizes = [in_size >> i for i in range(num_stages)]
         self.encoder = nn.ModuleList(
@@ -171,6 +173,7 @@ class StyleUNetSynthesis(SynthesisNetwork):
     def forward(self, condition, ws, noise_mode='const'):
         """condition [N, cond_channels, in_size, in_size], ws [N, num_ws, w_dim] -> [N, img_channels, R, R]."""
         self._check_ws(ws)
+        check_shape('condition', condition, [len(ws), self.cond_channels, self.in_size, self.in_size])
         encoded = {features.shape[-1]: features for features in self.encode(condition)}
 
         def inject(x, block_resolution):

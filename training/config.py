@@ -143,6 +143,13 @@ class Next3DConfig(EG3DConfig):
             raise ValueError(f'blend_planes: expected one of {", ".join(BLEND_PLANES)}, got {self.blend_planes!r}')
         for name in ('texture_resolution', 'mouth_resolution', 'mouth_lowest', 'blending_lowest'):
             check_power_of_two(name, getattr(self, name))
+        lowest, size, plane = self.mouth_lowest, self.mouth_resolution, self.plane_resolution
+        if not lowest < size <= plane:
+            raise ValueError(
+                f'mouth_lowest, mouth_resolution: expected lowest < resolution <= {plane}, got {lowest}, {size}'
+            )
+        if not self.blending_lowest < plane:
+            raise ValueError(f'blending_lowest: expected below plane_resolution {plane}, got {self.blending_lowest}')
 
 
 @dataclass(frozen=True, kw_only=True)

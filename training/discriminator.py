@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from torch_utils.custom_ops import check_shape
 from torch_utils.ops.upfirdn2d import setup_filter
 from training.backbone import fp16_from_resolution
 from training.config import DiscriminatorConfig
@@ -110,6 +111,8 @@ class Discriminator(nn.Module):
         x = self.b4(x)
         if self.cmap_dim == 0:
             return x
+        if c is not None and len(c) != len(x):
+            raise ValueError(f'c: expected {len(x)} labels, one per picture, got {len(c)}')
         return (x * self._embed(self._with_noise(c))).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
 
     def _add_mappings(self, width):
@@ -129,7 +132,9 @@ class Discriminator(nn.Module):
             raise ValueError(f'image: expected [N, {", ".join(map(str, expected))}], got {list(image.shape)}')
         if self.config.kind == 'single':
             return image
-        return torch.cat([image, resize_antialiased(img['image_raw'], image.shape[-1])], dim=1)
+        raw = img['image_raw']
+        check_shape('image_raw', raw, [len(image), self.config.img_channels, None, None])
+        return torch.cat([image, resize_antialiased(raw, image.shape[-1])], dim=1)
 
     def _embed(self, c):
         if self.config.c2_dim == 0:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from torch_utils.custom_ops import check_shape
 from training import head_raster, mouth
 from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork, num_ws_of
 from training.config import LABEL_LENGTH, EG3DConfig, Next3DConfig
@@ -86,6 +87,7 @@ class EG3DGenerator(nn.Module):
 
     def planes(self, ws, noise_mode='const') -> Planes:
         """Return the triplane of ws [N, num_ws, w_dim]."""
+        check_shape('ws', ws, [None, self.num_ws, self.w_dim])
         return Planes(self.static_planes(ws, noise_mode))
 
     def render(self, planes: Planes, ws, c, neural_rendering_resolution=None, depth_jitter=None) -> dict:
@@ -94,10 +96,14 @@ class EG3DGenerator(nn.Module):
         neural_rendering_resolution: side of the raw picture; None: the checkpoint's. depth_jitter: 'random', 'center'
         or a callable (see `training.volume.samples`); None: 'random' in training mode, else 'center'.
         Returns image [N, 3, R, R] and image_raw [N, 3, r, r], in about [-1, 1], and image_depth [N, 1, r, r], the
-        distance along the ray in world units.
+        distance along the ray in world units. Raises ValueError where planes, ws and c do not fit.
         """
-        resolution = neural_rendering_resolution or self.neural_rendering_resolution
-        origins, directions = self._rays(c, resolution)
+        resolution = neural_rendering_resolution
+        resolution = self.neural_rendering_resolution if resolution is None else resolution
+        if resolution < 1:
+            raise ValueError(f'neural_rendering_resolution: expected at least 1, got {resolution}')
+        check_shape('ws', ws, [len(planes.planes), self.num_ws, self.w_dim])
+        origins, directions = self._rays(c, len(ws), resolution)
         jitter = depth_jitter or ('random' if self.training else 'center')
         rendered = render_rays(planes.planes, self.decoder, origins, directions, self.config.sampling, jitter)
         features, depth = (_as_image(x, resolution) for x in (rendered.features, rendered.depth))
@@ -144,7 +150,7 @@ class EG3DGenerator(nn.Module):
     def _conditioning(self, c):
         if c is None or self.c_dim == 0:
             return None
-        c = c[:, :LABEL_LENGTH]
+        c = c[..., :LABEL_LENGTH]
         return torch.zeros_like(c) if self.config.c_gen_conditioning_zero else c * self.config.c_scale
 
     def _num_mapping_ws(self):
@@ -153,9 +159,9 @@ class EG3DGenerator(nn.Module):
     def _style_ws(self, ws):
         return ws[:, : self.num_style_ws]
 
-    def _rays(self, c, resolution):
-        if c.ndim != 2 or c.shape[1] < LABEL_LENGTH:
-            raise ValueError(f'c: expected [N, {LABEL_LENGTH} or more], got {list(c.shape)}')
+    def _rays(self, c, batch, resolution):
+        if c.ndim != 2 or len(c) != batch or c.shape[1] < LABEL_LENGTH:
+            raise ValueError(f'c: expected [{batch}, {LABEL_LENGTH} or more], got {list(c.shape)}')
         c = c.float()
         return camera_rays(c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3), resolution)
 
@@ -191,7 +197,8 @@ class Next3DGenerator(EG3DGenerator):
             **others,
         )
         self._register_topology(faces, uvs, uv_faces)
-        self.register_buffer('uv_face_mask', torch.as_tensor(uv_face_mask, dtype=torch.float32), persistent=False)
+        mask = torch.as_tensor(uv_face_mask, dtype=torch.float32).clone()
+        self.register_buffer('uv_face_mask', mask, persistent=False)
 
     @property
     def num_vertices(self) -> int:
@@ -201,8 +208,11 @@ class Next3DGenerator(EG3DGenerator):
     def planes(self, ws, v, noise_mode='const') -> Planes:
         """Return the blended triplane of ws [N, num_ws, w_dim] and meshes v [N, V + 68, 3].
 
-        v: vertices, then 68 landmarks, in metres, y up, z to the viewer. No gradient flows to v.
+        v: vertices, then 68 landmarks, in metres, y up, z to the viewer. No gradient flows to v. Raises ValueError
+        where ws and v do not fit.
         """
+        check_shape('ws', ws, [None, self.num_ws, self.w_dim])
+        self._check_mesh(v, len(ws))
         static = self.static_planes(ws, noise_mode)
         head = self.rasterize(self.texture(ws, noise_mode), v)
         front = self.complete_mouth(head.features[:, 0], v, ws, noise_mode)
@@ -259,19 +269,22 @@ class Next3DGenerator(EG3DGenerator):
     def _project(self, points, view):
         return head_raster.project(points, view, self.config.orth_scale, self.config.orth_shift)
 
-    def _split_mesh(self, v):
-        expected = self.num_vertices + NUM_LANDMARKS
-        if v.ndim != 3 or v.shape[1] != expected or v.shape[2] != 3:
+    def _check_mesh(self, v, batch):
+        expected = [batch, self.num_vertices + NUM_LANDMARKS, 3]
+        if list(v.shape) != expected:
             raise ValueError(
-                f'v: expected [N, {expected}, 3] ({self.num_vertices} vertices, {NUM_LANDMARKS} landmarks), '
-                f'got {list(v.shape)}'
+                f'v: expected {expected} ({self.num_vertices} vertices, {NUM_LANDMARKS} landmarks), got {list(v.shape)}'
             )
+
+    def _split_mesh(self, v):
+        self._check_mesh(v, len(v))
         v = v.detach().float()
         return v[:, : self.num_vertices], v[:, self.num_vertices :]
 
     def _register_topology(self, faces, uvs, uv_faces):
-        faces, uv_faces = (torch.as_tensor(np.asarray(x), dtype=torch.int64) for x in (faces, uv_faces))
-        uvs = torch.as_tensor(np.asarray(uvs), dtype=torch.float32)
+        # Copies: loading a checkpoint writes into the buffers, never into the caller's arrays.
+        faces, uv_faces = (torch.tensor(np.asarray(x), dtype=torch.int64) for x in (faces, uv_faces))
+        uvs = torch.tensor(np.asarray(uvs), dtype=torch.float32)
         scaled = torch.cat([uvs * 2 - 1, torch.ones_like(uvs[:, :1])], dim=1) * uvs.new_tensor([1.0, -1.0, 1.0])
         self._num_vertices = int(faces.max()) + 1
         self.register_buffer('faces', faces[None])

@@ -38,7 +38,7 @@ class MappingNetwork(nn.Module):
             x = getattr(self, f'fc{i}')(x)
         if self.num_ws is None:
             return x
-        ws = x[:, None].expand(-1, self.num_ws, -1)
+        ws = x[:, None].repeat(1, self.num_ws, 1)  # Own memory for each: callers may write single w's.
         if truncation_psi == 1:
             return ws
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
@@ -57,5 +57,7 @@ class MappingNetwork(nn.Module):
         if self.c_dim:
             if c is None or list(c.shape[1:]) != [self.c_dim]:
                 raise ValueError(f'c: expected [N, {self.c_dim}], got {None if c is None else list(c.shape)}')
+            if parts and len(c) != len(z):
+                raise ValueError(f'c: expected [{len(z)}, {self.c_dim}] like z, got {list(c.shape)}')
             parts.append(normalize_second_moment(self.embed(c.float())))
         return torch.cat(parts, dim=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh topology that a new network is built with: faces and UVs of an OBJ file, and which part of the texture is used."""
+"""The mesh topology that a new network is built with: faces and UVs of an OBJ file, and a mask of its texture."""
 
 import os
 import pathlib
@@ -45,9 +45,11 @@ def load_topology(
 def _read_mask(path, size):
     try:
         with Image.open(path) as picture:
-            channel = np.asarray(picture.split()[0].convert('L'), dtype=np.float32) / 255
-    except (Image.UnidentifiedImageError, SyntaxError) as error:
-        raise MeshFileError(f'{path}: expected a picture, {error}') from error
+            channel = np.asarray(picture.convert('RGB').getchannel(0), dtype=np.float32) / 255
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise MeshFileError(f'{path}: expected a picture, found none that can be read: {error}') from error
     mask = torch.from_numpy(channel)[None, None]
     if mask.shape[-2:] == (size, size):
         return mask

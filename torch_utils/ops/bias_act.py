@@ -56,6 +56,8 @@ def bias_act(
         raise ValueError(f'clamp: expected a number >= 0 or None, got {clamp}')
     if b is not None and (b.ndim != 1 or not -x.ndim <= dim < x.ndim or b.shape[0] != x.shape[dim]):
         raise ValueError(f'b: expected one number per entry of dimension {dim} of {list(x.shape)}, got {list(b.shape)}')
+    if b is not None and b.dtype != x.dtype:
+        raise ValueError(f'b: expected {x.dtype} like x, got {b.dtype}')
     pick_impl('bias_act', impl, x.device)
     return _bias_act_ref(x, b, dim, ACTIVATIONS[act], alpha, gain, clamp)
 

@@ -42,7 +42,7 @@ def modulated_conv2d(
     if x.dtype == torch.float16 and demodulate:
         weight, styles = _limit_range(weight, styles)
     resample = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight)
-    if not fused:
+    if not fused or n == 0:  # A grouped convolution needs at least one group.
         x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **resample)
         if demodulate:
             x = x * _demodulation(weight, styles).to(x.dtype)[:, :, None, None]

@@ -64,6 +64,9 @@ def upfirdn2d(
     if f is not None and (f.ndim not in (1, 2) or f.numel() == 0):
         raise ValueError(f'f: expected [fh, fw], [taps] or None, got {list(f.shape)}')
     up, down, padding = parse_factor('up', up), parse_factor('down', down), parse_padding(padding)
+    fw, fh = filter_size(f)
+    if x.shape[3] * up[0] + sum(padding[:2]) < fw or x.shape[2] * up[1] + sum(padding[2:]) < fh:
+        raise ValueError(f'x: upsampled and padded it is smaller than the filter [{fh}, {fw}], got {list(x.shape)}')
     pick_impl('upfirdn2d', impl, x.device)
     return _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
 
@@ -97,9 +100,7 @@ def _filter(x, f, stride, padding):
         inner = (padding[2], padding[0])  # The convolution pads without a copy of the picture.
     else:
         x = functional.pad(x, padding)
-    c, h, w = x.shape[1:]
-    if h + 2 * inner[0] < f.shape[0] or w + 2 * inner[1] < f.shape[1]:
-        raise ValueError(f'x: padded and upsampled it is smaller than the filter {list(f.shape)}')
+    c = x.shape[1]
     f = f.expand(c, 1, *f.shape)
     return functional.conv2d(x, f, stride=(stride[1], stride[0]), padding=inner, groups=c)
 
@@ -130,9 +131,16 @@ def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
     return (1, 1) if f is None else (f.shape[-1], f.shape[0])
 
 
+def _as_tuple(value, repeats):
+    """Repeat an int; make a tuple of a sequence, an empty one of anything else."""
+    if isinstance(value, (int, np.integer)):
+        return (value,) * repeats
+    return tuple(value) if np.iterable(value) else ()
+
+
 def parse_factor(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """Return an int or (x, y) as (x, y), both at least 1; `name` is used in the error."""
-    pair = (value, value) if isinstance(value, (int, np.integer)) else tuple(value)
+    pair = _as_tuple(value, 2)
     if len(pair) != 2 or any(int(v) != v or v < 1 for v in pair):
         raise ValueError(f'{name}: expected an int >= 1 or two of them, got {value!r}')
     return int(pair[0]), int(pair[1])
@@ -140,7 +148,7 @@ def parse_factor(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 def parse_padding(value: int | Sequence[int]) -> tuple[int, int, int, int]:
     """Return an int, (x, y) or (x_before, x_after, y_before, y_after) as the last of these."""
-    pads = (value,) * 4 if isinstance(value, (int, np.integer)) else tuple(value)
+    pads = _as_tuple(value, 4)
     if len(pads) == 2:
         pads = (pads[0], pads[0], pads[1], pads[1])
     if len(pads) != 4 or any(int(p) != p for p in pads):

@@ -37,11 +37,10 @@ def box_limits(origins: torch.Tensor, directions: torch.Tensor, side: float) -> 
 def fill_missed_limits(near: torch.Tensor, far: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give rays that miss the box limits like the others: near := the least valid near, far := the greatest near.
 
-    Without a valid ray everything stays as it is. Runs on the device without a synchronisation.
+    Without a valid ray all limits are 0: nothing is seen (the published code marched from -1 to -2). Runs on the
+    device without a synchronisation.
     """
     is_valid = far > near
     lowest = near.masked_fill(~is_valid, torch.inf).amin()
-    lowest = torch.where(is_valid.any(), lowest, near.amin())
-    near = torch.where(is_valid, near, lowest)
-    highest = near.amax()
-    return near, torch.where(is_valid | ~is_valid.any(), far, highest)
+    near = torch.where(is_valid, near, lowest.nan_to_num(posinf=0.0))
+    return near, torch.where(is_valid, far, near.amax())
