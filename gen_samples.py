@@ -103,13 +103,15 @@ def main(network, seeds, outdir, shapes, shape_res, shape_format, device, obj_pa
     v = cli.load_mesh(generator, obj_path, lms_path, device)
     folder = cli.make_outdir(outdir)
     shape = ShapeOptions(resolution=shape_res, file_format=shape_format) if shapes else None
-    bar = tqdm(total=len(seeds) * (1 + len(options['views'])), unit='step', delay=BAR_AFTER_SECONDS)
+    steps = 1 + len(options['views']) + bool(shape)
+    bar = tqdm(total=len(seeds) * steps, unit='step', delay=BAR_AFTER_SECONDS)
     with torch.no_grad(), bar:
         for seed in seeds:
             bar.set_description(f'seed {seed}', refresh=False)  # A refresh would show the bar before its time.
             planes = _write_pictures(generator, v, folder, seed, options, bar)
             if shape:
                 _write_shape(generator, planes, folder / f'seed{seed:04d}{shape.file_format}', shape)
+                bar.update()
     click.echo(f'Wrote {len(seeds)} seeds to {folder}')
 
 

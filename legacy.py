@@ -197,7 +197,6 @@ def _discriminator_config(pickled, tensors) -> DiscriminatorConfig:
         mbstd_group_size=epilogue.get('mbstd_group_size', 4),
         mbstd_num_channels=epilogue.get('mbstd_num_channels', 1),
         disc_c_noise=_attribute(pickled, 'disc_c_noise', kwargs.get('disc_c_noise', 0)),
-        freeze_layers=kwargs.get('block_kwargs', {}).get('freeze_layers', 0),
         mapping=_mapping_config(mapping),
         **_width_arguments(kwargs),
     )
@@ -233,7 +232,7 @@ def _sampling_config(rendering, plane_axes):
 
 
 def _plane_axes(matrices):
-    """Turn the stored axes [3, 3, 3] into pairs of coordinates: plane i reads the first two of point·inverse(axes_i)."""
+    """Turn stored axes [3, 3, 3] into pairs of coordinates: plane i reads the first two of point·inverse(axes_i)."""
     if matrices.shape != (3, 3, 3):
         raise SnapshotError(f'plane_axes: expected [3, 3, 3], got {list(matrices.shape)}')
     inverse = torch.linalg.inv(matrices.float())[:, :, :2]

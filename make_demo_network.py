@@ -5,7 +5,6 @@ import click
 import torch
 
 import cli
-from training.backbone import StyleUNetSynthesis
 from training.checkpoint import save_snapshot
 from training.config import NEXT3D_PLANE_AXES, Next3DConfig
 from training.generator import Next3DGenerator
@@ -35,11 +34,6 @@ SURFACE_SHARPNESS = 40.0
 BACKGROUND_DENSITY = -15.0
 
 
-def first_resolution(synthesis) -> int:
-    """Return the resolution of the first block that a synthesis network runs."""
-    return 2 * synthesis.final_size if isinstance(synthesis, StyleUNetSynthesis) else 4
-
-
 def show_the_head(generator: Next3DGenerator) -> None:
     """Set a few of the random weights so that there is something to see: the mesh's visual hull, painted at random.
 
@@ -58,7 +52,7 @@ def show_the_head(generator: Next3DGenerator) -> None:
             if hasattr(block, 'torgb'):
                 block.torgb.weight[last :: config.plane_channels] = 0
                 block.torgb.bias[last :: config.plane_channels] = 0
-        first = getattr(backbone.synthesis, f'b{first_resolution(backbone.synthesis)}').torgb
+        first = getattr(backbone.synthesis, f'b{backbone.synthesis.first_resolution}').torgb
         first.bias[last :: config.plane_channels] = value
     hidden, out = generator.decoder.net[0], generator.decoder.net[2]
     for layer in (hidden, out):

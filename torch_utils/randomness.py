@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers that belong to samples: they do not depend on how a batch is split over processes and micro-batches.
 
-Inside `sample_draws` every draw is a function of (seed, phase, number of the sample, number of the draw): a counter-based
-generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the mixing function of SplitMix64
-(Steele et al. 2014). Elsewhere draws come from torch's generators.
+Inside `sample_draws` every draw is a function of (seed, phase, number of the sample, number of the draw): a
+counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the mixing function
+of SplitMix64 (Steele et al. 2014). Elsewhere draws come from torch's generators.
 """
 
 import contextlib

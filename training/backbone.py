@@ -71,7 +71,9 @@ class SynthesisBlock(nn.Module):
 
 
 class SynthesisNetwork(nn.Module):
-    """ws [N, num_ws, w_dim] -> picture [N, img_channels, R, R]."""
+    """ws [N, num_ws, w_dim] -> picture [N, img_channels, R, R]; runs its blocks from `first_resolution` on."""
+
+    first_resolution = 4
 
     def __init__(
         self,
@@ -105,14 +107,14 @@ class SynthesisNetwork(nn.Module):
     def forward(self, ws, noise_mode='const'):
         """Run all blocks from the learned constant."""
         self._check_ws(ws)
-        return self._run_blocks(None, ws, 4, noise_mode)
+        return self._run_blocks(None, ws, noise_mode)
 
-    def _run_blocks(self, x, ws, from_resolution, noise_mode, inject=lambda x, resolution: x):
-        """Run the blocks from a resolution on; `inject` may replace the features that enter each of them."""
+    def _run_blocks(self, x, ws, noise_mode, inject=lambda x, resolution: x):
+        """Run the blocks; `inject` may replace the features that enter each of them."""
         img, first_w = None, 0
         for r in self.block_resolutions:
             block = getattr(self, f'b{r}')
-            if r >= from_resolution:
+            if r >= self.first_resolution:
                 block_ws = ws[:, first_w : first_w + block.num_conv + block.num_torgb]
                 x, img = block(inject(x, r), img, block_ws, noise_mode)
             first_w += block.num_conv
@@ -157,7 +159,7 @@ class StyleUNetSynthesis(SynthesisNetwork):
         if not final_size < in_size <= self.img_resolution:
             raise ValueError(f'in_size: expected above {final_size}, at most {self.img_resolution}, got {in_size}')
         self.in_size, self.final_size, self.num_cond_res = in_size, final_size, num_cond_res
-        self.cond_channels = cond_channels
+        self.cond_channels, self.first_resolution = cond_channels, 2 * final_size
         num_stages = int(math.log2(in_size // final_size))
         stage_sizes = [in_size >> i for i in range(num_stages)]
         self.encoder = nn.ModuleList(
@@ -185,7 +187,7 @@ class StyleUNetSynthesis(SynthesisNetwork):
                 return layer(torch.cat([x.float(), encoded[size]], dim=1))
             return x
 
-        return self._run_blocks(None, ws, 2 * self.final_size, noise_mode, inject)
+        return self._run_blocks(None, ws, noise_mode, inject)
 
     def encode(self, condition):
         """Return the encoder's outputs, from in_size/2 down to final_size."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from training.backbone import check_power_of_two
 from training.head_raster import PLANE_LAYOUTS
+from training.layers import NOISE_MODES
 from training.superresolution import FP16_CLAMP, VARIANTS
 from training.volume.render import SamplingConfig
 
@@ -13,7 +14,6 @@ LABEL_LENGTH = 25  # 16 numbers of a cam2world matrix, then 9 of normalised intr
 NEXT3D_PLANE_AXES = ((0, 1), (0, 2), (2, 1))
 EG3D_PLANE_AXES = ((0, 1), (0, 2), (2, 0))
 BLEND_PLANES = ('all', 'front')
-NOISE_MODES = ('random', 'const', 'none')
 
 
 def _tuples(value):
@@ -154,10 +154,10 @@ class Next3DConfig(EG3DConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig(_Serialisable):
-    """A discriminator. kind: 'single' sees the picture, 'dual' also the enlarged raw one, 'dual_label' splits the label.
+    """A discriminator; kind 'single' sees the picture, 'dual' also the enlarged raw one, 'dual_label' splits the label.
 
     c_dim: length of the camera label. c2_dim: expression numbers after it ('dual_label' only). disc_c_noise: standard
-    deviations of noise on the label. freeze_layers: the first layers that do not train.
+    deviations of noise on the label.
     """
 
     kind: str = 'dual'
@@ -172,7 +172,6 @@ class DiscriminatorConfig(_Serialisable):
     mbstd_group_size: int = 4
     mbstd_num_channels: int = 1
     disc_c_noise: float = 0.0
-    freeze_layers: int = 0
     mapping: MappingConfig = field(default_factory=lambda: MappingConfig(num_layers=8))
 
     def __post_init__(self):
@@ -180,7 +179,8 @@ class DiscriminatorConfig(_Serialisable):
         if self.kind not in kinds:
             raise ValueError(f'kind: expected one of {", ".join(kinds)}, got {self.kind!r}')
         if (self.kind == 'dual_label') != (self.c2_dim > 0):
-            raise ValueError(f"c2_dim: expected above 0 for kind 'dual_label' alone, got {self.c2_dim} for {self.kind!r}")
+            wanted = "expected above 0 for kind 'dual_label' alone"
+            raise ValueError(f'c2_dim: {wanted}, got {self.c2_dim} for {self.kind!r}')
         check_power_of_two('img_resolution', self.img_resolution, minimum=8)
 
     @property

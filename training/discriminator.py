@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Discriminators: StyleGAN2's residual one, its dual form (Chan et al. 2022, section 4.5) and one with a split label."""
+"""Discriminators: StyleGAN2's residual one, the dual form (Chan et al. 2022, section 4.5), one with a split label."""
 
 import math
 

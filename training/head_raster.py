@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head mesh and its neural texture to feature planes: orthographic views, coverage, eye mask (Sun et al. 2023, section 3.2)."""
+"""Head mesh and neural texture to feature planes: views, coverage, eye mask (Sun et al. 2023, section 3.2)."""
 
 import math
 from typing import NamedTuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mouth of the front feature plane: where it is, cutting it out and putting it back (Sun et al. 2023, section 3.3)."""
+"""The mouth of the front feature plane: where it is, cut out and put back (Sun et al. 2023, section 3.3)."""
 
 import torch
 
@@ -40,7 +40,7 @@ def crop_and_resize(plane: torch.Tensor, boxes: torch.Tensor, size: int) -> torc
 
 
 def resize_and_paste(plane: torch.Tensor, patch: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Resize each sample's patch [N, C, S, S] to its box, antialiased, and replace the box of plane [N, C, R, R] by it."""
+    """Resize each sample's patch [N, C, S, S] to its box, antialiased, and put it into plane [N, C, R, R] there."""
     in_coordinates = torch.arange(patch.shape[-1], device=plane.device)
     out_coordinates = torch.arange(plane.shape[-1], device=plane.device)
     weights, inside = [], []

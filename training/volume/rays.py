@@ -4,7 +4,9 @@
 import torch
 
 
-def camera_rays(cam2world: torch.Tensor, intrinsics: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+def camera_rays(
+    cam2world: torch.Tensor, intrinsics: torch.Tensor, resolution: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return origins and unit directions [N, resolution², 3] in world units of the rays through all pixel centres.
 
     cam2world:  [N, 4, 4], OpenCV axes (x right, y down, z forward).

@@ -50,7 +50,7 @@ class RayRender(NamedTuple):
 
 
 def sample_planes(planes: torch.Tensor, points: torch.Tensor, box_warp: float, plane_axes: tuple) -> torch.Tensor:
-    """Return the mean of the three planes' features at world points: planes [N, 3, C, H, W], points [N, M, 3] -> [N, M, C].
+    """Return the three planes' mean features at world points: planes [N, 3, C, H, W], points [N, M, 3] -> [N, M, C].
 
     Bilinear, zero outside; plane i reads coordinates plane_axes[i] of 2·point/box_warp as (column, row).
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depths along rays: stratified ones, and more where a first pass found density (Mildenhall et al. 2020, section 5.2)."""
+"""Depths along rays: stratified, and more where a first pass found density (Mildenhall et al. 2020, section 5.2)."""
 
 from collections.abc import Callable
 
