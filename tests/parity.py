@@ -51,7 +51,7 @@ def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 def rnd(tag, shape, seed, scale=1.0):
     """Return the recipe's input tensor of a tag."""
-    return torch.from_numpy(recipe.rnd(tag, tuple(shape), seed, scale))
+    return torch.from_numpy(np.asarray(recipe.rnd(tag, tuple(shape), seed, scale)))
 
 
 def uniform_seq(shape):

@@ -60,7 +60,7 @@ def _resize_weights(out_index, in_index, out_size, in_size):
     """Return weights [N, O, I] of an antialiased bilinear resize of `in_size` to `out_size` pixels.
 
     out_index, in_index: [N or 1, O], [N or 1, I]; inputs outside [0, in_size) get no weight. The sizes may differ by
-    sample: [N, 1]. A triangle of width max(in/out, 1) around each output's centre, normalised over the pixels it covers.
+    sample: [N, 1]. A triangle of width max(in/out, 1) around each output's centre, normalised over what it covers.
     """
     scale = torch.as_tensor(in_size / out_size, dtype=torch.float32, device=in_index.device).reshape(-1, 1, 1)
     centre = scale * (out_index[:, :, None] + 0.5)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four training phases (Sun et al. 2023, section 3.5; Chan et al. 2022, section 5): one method each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import l1_loss, relu, softplus
+
+from torch_utils.ops.upfirdn2d import filter2d
+from training import schedules
+from training.discriminator import Discriminator
+from training.generator import Next3DGenerator, Planes
+from training.superresolution import resize_antialiased
+
+NUM_POINTS = 1000  # Pairs of points at which density is compared.
+NUM_MONOTONIC_POINTS = 2000
+MONOTONIC_STEP = 1 / 256  # Of the volume's side.
+MONOTONIC_WEIGHT = 10.0
+DENSITY_REGIONS = ('box', 'published')
+REG_TYPES = ('l1', 'monotonic-fixed')
+Report = Callable[[str, torch.Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights and schedules of the objective.
+
+    r1_gamma: weight of the gradient penalty. density_reg: weight of the density regularisation, whose pairs of points
+    are density_reg_p_dist apart and lie in density_region: 'box', the volume, or 'published', [-1, 1]³, most of which
+    no camera sees. reg_type: 'l1', or 'monotonic-fixed', which also keeps density from falling with depth.
+    gpc_reg_prob: how often the conditioning camera is swapped at the end of the fade; None: no pose conditioning.
+    blur_*, rendering_*: see `training.schedules`. style_mixing_prob: how often a second latent takes over at a layer.
+    """
+
+    r1_gamma: float = 4.0
+    density_reg: float = 0.25
+    density_reg_p_dist: float = 0.004
+    density_region: str = 'box'
+    reg_type: str = 'l1'
+    gpc_reg_prob: float | None = 0.5
+    gpc_reg_fade_kimg: float = 1000.0
+    blur_init_sigma: float = 10.0
+    blur_fade_kimg: float = 200.0
+    rendering_resolution_initial: int = 64
+    rendering_resolution_final: int | None = None
+    rendering_resolution_fade_kimg: float = 1000.0
+    style_mixing_prob: float = 0.0
+
+    def __post_init__(self):
+        if self.density_region not in DENSITY_REGIONS:
+            raise ValueError(f'density_region: expected one of {DENSITY_REGIONS}, got {self.density_region!r}')
+        if self.reg_type not in REG_TYPES:
+            raise ValueError(f'reg_type: expected one of {REG_TYPES}, got {self.reg_type!r}')
+
+
+class GeneratorInput(NamedTuple):
+    """What one fake picture is made of: z [N, z_dim], label c [N, 25 or more], mesh v [N, V + 68, 3]."""
+
+    z: torch.Tensor
+    c: torch.Tensor
+    v: torch.Tensor
+
+
+class RealInput(NamedTuple):
+    """Real pictures [N, 3, R, R] in [-1, 1] with their labels [N, c_dim]."""
+
+    image: torch.Tensor
+    c: torch.Tensor
+
+
+class Next3DLoss:
+    """Computes losses and accumulates gradients with backward(); every phase takes one micro-batch.
+
+    batch: images of a whole iteration, which sets the pace of the blur. augment: pictures [N, 6, R, R] -> the same
+    shape, or None. report: called with a name and the values of a statistic.
+    """
+
+    def __init__(
+        self,
+        generator: Next3DGenerator,
+        discriminator: Discriminator,
+        config: LossConfig,
+        batch: int,
+        augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        report: Report = lambda name, values: None,
+    ):
+        self.generator, self.discriminator, self.config = generator, discriminator, config
+        self.batch, self.augment, self.report = batch, augment, report
+
+    def generator_main(self, fake: GeneratorInput, gain: float, nimg: int) -> None:
+        """Gmain: maximise the logits of generated pictures."""
+        images = self._generate(fake, nimg)
+        logits = self._score(images, fake.c, nimg)
+        self._report_scores('fake', logits)
+        loss = softplus(-logits)
+        self.report('Loss/G/loss', loss)
+        (loss.mean() * gain).backward()
+
+    def generator_regularisation(self, fake: GeneratorInput, gain: float, nimg: int) -> None:
+        """Greg: neighbouring points have similar densities; 'monotonic-fixed' adds that density grows with depth."""
+        conditioning = self._swapped_label(fake.c, nimg, per_sample=False)
+        ws = self.generator.mapping(fake.z, conditioning)
+        planes = self.generator.planes(ws, fake.v, noise_mode='random')
+        losses = [self._smoothness]
+        if self.config.reg_type == 'monotonic-fixed':
+            losses.insert(0, self._monotonicity)
+        # One graph of the planes for all terms; each term's own graph is freed as soon as it has been walked.
+        leaf = Planes(planes.planes.detach().requires_grad_(True))
+        for term in losses:
+            (term(leaf) * gain).backward()
+        planes.planes.backward(leaf.planes.grad)
+
+    def discriminator_main(self, fake: GeneratorInput, real: RealInput, gain: float, nimg: int) -> None:
+        """Dmain: minimise the logits of generated, maximise those of real pictures; moves w_avg."""
+        with torch.no_grad():
+            images = self._generate(fake, nimg, track_w=True)
+        logits = self._score(images, fake.c, nimg)
+        self._report_scores('fake', logits)
+        loss_fake = softplus(logits)
+        (loss_fake.mean() * gain).backward()
+        logits = self._score(self._real_images(real.image, nimg), real.c, nimg)
+        self._report_scores('real', logits)
+        loss_real = softplus(-logits)
+        self.report('Loss/D/loss', loss_fake.detach() + loss_real)
+        (loss_real.mean() * gain).backward()
+
+    def discriminator_regularisation(self, real: RealInput, gain: float, nimg: int) -> None:
+        """Dreg: R1, squared gradients of the logits with respect to what the discriminator finally sees."""
+        images = self._prepare(self._real_images(real.image, nimg), nimg)
+        images = {name: image.detach().requires_grad_(True) for name, image in images.items()}
+        logits = self.discriminator(images, real.c)
+        self._report_scores('real', logits)
+        seen = [images['image']] if self.discriminator.config.kind == 'single' else list(images.values())
+        gradients = torch.autograd.grad(logits.sum(), seen, create_graph=True)
+        penalty = sum(g.square().sum(dim=[1, 2, 3]) for g in gradients)
+        self.report('Loss/r1_penalty', penalty)
+        loss = penalty * (self.config.r1_gamma / 2)
+        self.report('Loss/D/reg', loss)
+        (loss.mean() * gain).backward()
+
+    def _generate(self, fake, nimg, track_w=False):
+        """Return image and image_raw of a micro-batch, conditioned on swapped labels."""
+        conditioning = self._swapped_label(fake.c, nimg, per_sample=True)
+        ws = self.generator.mapping(fake.z, conditioning)
+        if track_w:
+            self.generator.backbone.mapping.track(ws[:, 0])
+        ws = self._mix_styles(ws, conditioning)
+        c = self.config
+        resolution = schedules.rendering_resolution(
+            nimg, c.rendering_resolution_initial, c.rendering_resolution_final, c.rendering_resolution_fade_kimg
+        )
+        out = self.generator.synthesis(
+            ws, fake.c, fake.v, noise_mode='random', neural_rendering_resolution=resolution, depth_jitter='random'
+        )
+        return {name: out[name] for name in ('image', 'image_raw')}
+
+    def _swapped_label(self, c, nimg, per_sample):
+        """Return the label that the mapping sees: sample n's, or that of sample n - 1."""
+        if self.config.gpc_reg_prob is None:
+            return torch.zeros_like(c)
+        p = schedules.swap_probability(nimg, self.config.gpc_reg_prob, self.config.gpc_reg_fade_kimg)
+        draw = torch.rand([len(c), 1] if per_sample else [], device=c.device)
+        return torch.where(draw < p, c.roll(1, dims=0), c)
+
+    def _mix_styles(self, ws, conditioning):
+        """Replace the w's from a random layer on by those of another latent, in some of the micro-batches."""
+        if self.config.style_mixing_prob == 0:
+            return ws
+        num_ws = ws.shape[1]
+        cutoff = 1 + (torch.rand([], device=ws.device) * (num_ws - 1)).long()
+        cutoff = torch.where(torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, num_ws)
+        other = self.generator.mapping(torch.randn([len(ws), self.generator.z_dim], device=ws.device), conditioning)
+        return torch.where(torch.arange(num_ws, device=ws.device)[:, None] < cutoff, ws, other)
+
+    def _score(self, images, c, nimg):
+        return self.discriminator(self._prepare(images, nimg), c)
+
+    def _prepare(self, images, nimg):
+        """Blur and augment as the schedules say: what the discriminator finally sees."""
+        image, raw = self._blur(images['image'], nimg), images['image_raw']
+        if self.augment is not None:
+            pair = self.augment(torch.cat([image, resize_antialiased(raw, image.shape[-1])], dim=1))
+            image, raw = pair[:, :3], resize_antialiased(pair[:, 3:], raw.shape[-1])
+        return {'image': image, 'image_raw': raw}
+
+    def _real_images(self, image, nimg):
+        c = self.config
+        resolution = schedules.rendering_resolution(
+            nimg, c.rendering_resolution_initial, c.rendering_resolution_final, c.rendering_resolution_fade_kimg
+        )
+        return {'image': image, 'image_raw': self._blur(resize_antialiased(image, resolution), nimg)}
+
+    def _blur(self, image, nimg):
+        sigma = schedules.blur_sigma(nimg, self.config.blur_init_sigma, self.config.blur_fade_kimg, self.batch)
+        radius = int(sigma * 3)
+        if radius == 0:
+            return image
+        offsets = torch.arange(-radius, radius + 1, device=image.device)
+        kernel = (offsets / sigma).square().neg().exp2()
+        return filter2d(image, kernel / kernel.sum())
+
+    def _smoothness(self, planes):
+        """L1 between the densities of random points and of points beside them."""
+        if self.config.reg_type == 'monotonic-fixed':
+            distance = MONOTONIC_STEP * self.generator.config.sampling.box_warp
+        else:
+            distance = self.config.density_reg_p_dist
+        points = self._random_points(planes, NUM_POINTS)
+        beside = points + torch.randn(list(points.shape), device=points.device) * distance
+        sigma = self.generator.query(planes, torch.cat([points, beside], dim=1))['sigma']
+        return l1_loss(*sigma.split(NUM_POINTS, dim=1)) * self.config.density_reg
+
+    def _monotonicity(self, planes):
+        """How much density falls from a point to the one behind it, away from the frontal camera."""
+        points = self._random_points(planes, NUM_MONOTONIC_POINTS)
+        step = MONOTONIC_STEP * self.generator.config.sampling.box_warp
+        behind = points - points.new_tensor([0.0, 0.0, step])
+        sigma = self.generator.query(planes, torch.cat([points, behind], dim=1))['sigma']
+        front, back = sigma.split(NUM_MONOTONIC_POINTS, dim=1)
+        return relu(front - back).mean() * MONOTONIC_WEIGHT
+
+    def _random_points(self, planes, count):
+        half = 1.0 if self.config.density_region == 'published' else self.generator.config.sampling.box_warp / 2
+        device = planes.planes.device
+        return (torch.rand([len(planes.planes), count, 3], device=device) * 2 - 1) * half
+
+    def _report_scores(self, kind, logits):
+        self.report(f'Loss/scores/{kind}', logits)
+        self.report(f'Loss/signs/{kind}', logits.sign())
