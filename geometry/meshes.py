@@ -48,24 +48,45 @@ def read_obj(path: str | os.PathLike) -> ObjMesh:
     return ObjMesh(vertices, uvs, faces, uv_faces)
 
 
+def parse_obj_vertices(data: bytes, where: str) -> np.ndarray:
+    """Return just the vertices [V, 3] float32 of the content of an OBJ file; several times faster than `read_obj`.
+
+    where: name of the file for messages. Raises MeshFileError for coordinates that are missing or not finite.
+    """
+    rows = [line.split()[1:4] for line in data.splitlines() if line.startswith((b'v ', b'v\t'))]
+    try:
+        vertices = np.array(rows, dtype=np.float32).reshape(len(rows), 3)
+    except ValueError:
+        vertices = None
+    if vertices is None or not len(vertices) or not np.isfinite(vertices).all():
+        raise MeshFileError(f'{where}: expected vertices of three finite numbers (lines v x y z)')
+    return vertices
+
+
 def read_landmarks(path: str | os.PathLike) -> np.ndarray:
     """Read a landmark file: 68 lines of x y z in metres -> [68, 3] float32, iBUG order.
 
     Raises FileNotFoundError, or MeshFileError for another shape, numbers that are not finite, or pixels.
     """
-    with open(path, encoding='utf-8', errors='replace') as file:
-        rows = [(number, line.split()) for number, line in enumerate(file, start=1) if line.strip()]
+    with open(path, 'rb') as file:
+        return parse_landmarks(file.read(), os.fspath(path))
+
+
+def parse_landmarks(data: bytes, where: str) -> np.ndarray:
+    """Return the landmarks [68, 3] of the content of a landmark file; errors as `read_landmarks`, naming `where`."""
+    lines = enumerate(data.decode('utf-8', errors='replace').splitlines(), start=1)
+    rows = [(number, line.split()) for number, line in lines if line.strip()]
     if len(rows) != NUM_LANDMARKS or any(len(words) != 3 for _, words in rows):
         widths = sorted({len(words) for _, words in rows})
         raise MeshFileError(
-            f'{path}: expected {NUM_LANDMARKS} lines of 3 numbers, found {len(rows)} lines of '
+            f'{where}: expected {NUM_LANDMARKS} lines of 3 numbers, found {len(rows)} lines of '
             f'{" or ".join(map(str, widths)) or "0"}'
         )
-    landmarks = _numbers(path, rows, 3)
+    landmarks = _numbers(where, rows, 3)
     largest = np.abs(landmarks).max()
     if largest >= LANDMARK_LIMIT:
         raise MeshFileError(
-            f'{path}: expected 3-D landmarks in metres, all below {LANDMARK_LIMIT}, found {largest:g} (pixels?)'
+            f'{where}: expected 3-D landmarks in metres, all below {LANDMARK_LIMIT}, found {largest:g} (pixels?)'
         )
     return landmarks
 

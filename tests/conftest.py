@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test configuration: import path, thread count, and the record of parity deviations for docs/fidelity.md."""
+"""Test configuration: import path, markers, the published head, the record of parity deviations."""
 
 import json
 import pathlib

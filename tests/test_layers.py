@@ -210,6 +210,17 @@ def test_the_length_of_z_does_not_matter_and_its_direction_does():
     assert (network(z, -c) - network(z, c)).abs().max() > 0.1
 
 
+def test_z_and_the_embedded_label_enter_with_mean_square_one():
+    network = mapping()
+    entered = []
+    network.fc0.register_forward_hook(lambda module, x, y: entered.append(x[0]))
+    z, c = 7 * torch.randn(2, 5), 0.1 * torch.randn(2, 4)
+    network(z, c)
+    embedded = network.embed(c)
+    expected = [x / x.square().mean(dim=1, keepdim=True).sqrt() for x in (z, embedded)]
+    assert_close(entered[0], torch.cat(expected, dim=1))
+
+
 def test_truncation():
     network = mapping()
     network.w_avg.normal_()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Element-wise, resampling and convolution operations: hand-worked values, plain loops, gradients, in-place safety."""
 
+import functools
 import itertools
 import math
 
@@ -182,6 +183,8 @@ UPFIRDN_CASES = {
     'flipped': dict(f=OBLONG, up=(1, 2), padding=(2, 1), flip_filter=True, gain=0.5),
     'cropped': dict(f=OBLONG, up=(2, 1), padding=(-1, -2, 1, -1)),
     'cropped evenly': dict(f=BINOMIAL, up=2, padding=-1),
+    'cropped across, padded along': dict(f=BINOMIAL, up=2, padding=(-1, 1)),
+    'padded across, cropped along': dict(f=BINOMIAL, up=2, padding=(1, -1)),
     'separable': dict(f=LOPSIDED, up=(2, 1), down=(1, 2), padding=(2, 0, -1, 3), gain=3.0),
     'separable, flipped': dict(f=LOPSIDED, up=2, down=3, padding=2, flip_filter=True),
     'long and separable': dict(f=setup_filter(range(1, 9)), padding=(5, 4)),
@@ -260,6 +263,24 @@ def test_wrappers_keep_their_sizes(taps):
             assert downsample2d(x, f, down=factor).shape == (1, 1, 6 // fy, 12 // fx)
 
 
+@pytest.mark.parametrize('width, height', [(1, 2), (2, 3), (4, 4), (5, 4), (3, 6)])
+def test_padding_of_wrappers(width, height):
+    x, f = draw(1, 1, 6, 12), draw(height, width, seed=1).float()
+    px, py = (2, 1), (0, 3)
+    assert_close(
+        filter2d(x, f, padding=(*px, *py)),
+        upfirdn2d(x, f, padding=(px[0] + width // 2, px[1] + (width - 1) // 2, height // 2, 3 + (height - 1) // 2)),
+    )
+    for factor in (1, 2, 3):
+        before, after = ([(t + factor - 1) // 2 for t in (width, height)], [(t - factor) // 2 for t in (width, height)])
+        pads = (px[0] + before[0], px[1] + after[0], py[0] + before[1], py[1] + after[1])
+        expected = upfirdn2d(x, f, up=factor, padding=pads, gain=factor**2)
+        assert_close(upsample2d(x, f, up=factor, padding=(*px, *py)), expected)
+        before = [(t - factor + 1) // 2 for t in (width, height)]
+        pads = (px[0] + before[0], px[1] + after[0], py[0] + before[1], py[1] + after[1])
+        assert_close(downsample2d(x, f, down=factor, padding=(*px, *py)), upfirdn2d(x, f, down=factor, padding=pads))
+
+
 def test_resampling_keeps_constants_and_smooth_pictures():
     constant = torch.full([1, 1, 8, 8], 0.75, dtype=torch.float64)
     assert upsample2d(constant, BINOMIAL)[..., 2:-2, 2:-2].unique().tolist() == [0.75]
@@ -303,9 +324,9 @@ def test_filtered_lrelu_without_filters_is_bias_act_and_leaves_its_input_alone()
 
 def test_gradients_of_filtered_lrelu():
     for clamp in (None, 0.5):
-        options = dict(up=2, down=2, padding=4, clamp=clamp)
+        function = functools.partial(filtered_lrelu, up=2, down=2, padding=4, clamp=clamp)
         x, b = draw(1, 2, 3, 3), draw(2, seed=1)
-        check_gradients(lambda x, b: filtered_lrelu(x, BINOMIAL, BINOMIAL, b, **options), x, b)
+        check_gradients(lambda x, b, f=function: f(x, BINOMIAL, BINOMIAL, b), x, b)
 
 
 # ---- conv2d_resample

@@ -83,7 +83,7 @@ def test_box_limits_against_points_along_the_ray():
         inside = t[((origins[0, i] + t * directions[0, i]).abs() <= side / 2).all(dim=1)]
         entry, leave = near[0, i].item(), far[0, i].item()
         if len(inside) == 0:  # Missed, but for a corner that lies between two points.
-            assert (entry, leave) == (-1, -2) or leave - entry < step
+            assert (entry, leave) == (-1, -2) or 0 <= leave - entry < step
             num_missed += (entry, leave) == (-1, -2)
         else:
             assert entry == pytest.approx(inside.min().item(), abs=1.5 * step)
@@ -227,9 +227,9 @@ def test_histogram_samples_follow_their_weights():
 
 def test_histogram_at_its_ends_and_without_weight():
     bins = torch.tensor([[1.0, 2, 4]])
-    ends = torch.tensor([[0.0, 0.5, 1 - 2**-24]])
+    ends = torch.tensor([[0.0, 0.5, 1 - 2**-24, 1.0]])
     drawn = samples.sample_histogram(bins, torch.ones(1, 2), ends)
-    torch.testing.assert_close(drawn, torch.tensor([[1.0, 2, 4]]))
+    torch.testing.assert_close(drawn, torch.tensor([[1.0, 2, 4, 4]]))
     nothing = samples.sample_histogram(bins, torch.zeros(1, 2), ends)
     torch.testing.assert_close(nothing, drawn)
 
@@ -248,6 +248,17 @@ def test_importance_depths_gather_at_the_wall_and_stay_in_range():
     merged = torch.cat([depths, fine], dim=2).sort(dim=2).values
     assert merged.diff(dim=2).min() >= 0
     assert march.interval_weights(torch.randn_like(merged), merged).min() >= 0
+
+
+def test_importance_depths_centre_on_the_start_of_an_interval():
+    # Of the published model: the bins are half an interval before the intervals whose weights they have.
+    depths = torch.arange(20.0)[None, None, :, None]
+    for interval in (3, 10, 16):
+        weights = torch.zeros(1, 1, 19, 1)
+        weights[0, 0, interval] = 1e4
+        fine = samples.importance_depths(depths, weights, (torch.arange(1000) + 0.5)[None] / 1000)
+        assert fine.mean() == pytest.approx(interval, abs=0.05)
+        assert fine.std() == pytest.approx(math.sqrt(1 / 12 + 1 / 2), abs=0.05)  # Weights 1/4, 1/2, 1/4 of three bins.
 
 
 # ---- Triplane lookup
@@ -387,23 +398,48 @@ CONFIGS = {
 }
 
 
+def same_draws(shape):
+    """Draws that differ by ray, but not by call."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 @pytest.mark.parametrize('points_per_chunk', [1, 60, 170, 24 * 7])
 def test_chunks_do_not_change_what_is_rendered(scene, name, points_per_chunk, monkeypatch):
     config = SamplingConfig(**CONFIGS[name])
-    expected = render_rays(*scene, config, 'center', with_normals=True)
+    expected = render_rays(*scene, config, same_draws, with_normals=True)
     calls = []
     whole = render._render_chunk
     monkeypatch.setattr(render, 'POINTS_PER_CHUNK', points_per_chunk)
     monkeypatch.setattr(render, '_render_chunk', lambda *a: calls.append(a[2].shape[1]) or whole(*a))
     with torch.no_grad():
-        actual = render_rays(*scene, config, 'center', with_normals=True)
+        actual = render_rays(*scene, config, same_draws, with_normals=True)
     assert sum(calls) == 25 and len(calls) > 1
     assert expected.features.requires_grad and not actual.features.requires_grad
-    for name_, a, b in zip(actual._fields, actual, expected):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5, msg=lambda text: f'{name_}: {text}')
+    for part, a, b in zip(actual._fields, actual, expected):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5, msg=f'{{}} in {part}'.format)
     calls.clear()
-    assert torch.equal(render_rays(*scene, config, 'center').features, expected.features) and calls == [25]
+    assert torch.equal(render_rays(*scene, config, same_draws).features, expected.features) and calls == [25]
+
+
+@pytest.mark.parametrize('sigma', [EMPTY, 1e4])
+@pytest.mark.parametrize('order', [1, -1])
+def test_depth_is_clamped_to_the_range_of_all_chunks(sigma, order, monkeypatch):
+    origins, directions = frontal_rays(5)
+    field = nn.Module()
+    field.forward = lambda features: (features, features[..., :1] * 0 + sigma)
+
+    def draws(shape):  # Ray by ray later, or earlier.
+        later = torch.linspace(0, 0.9, 25)
+        return (later if order > 0 else later.flip(0)).reshape(1, 25, 1, 1).expand(shape)
+
+    config = SamplingConfig(num_depths=6, num_importance=0)
+    expected = render_rays(ramp_planes(), field, origins, directions, config, draws).depth
+    monkeypatch.setattr(render, 'POINTS_PER_CHUNK', 30)
+    with torch.no_grad():
+        actual = render_rays(ramp_planes(), field, origins, directions, config, draws).depth
+    torch.testing.assert_close(actual, expected)
+    assert (expected.std() < 1e-5) == (sigma == EMPTY)
 
 
 @pytest.mark.parametrize('points_per_chunk', [1, 7, 100])
@@ -412,8 +448,11 @@ def test_chunks_do_not_change_what_is_queried(scene, points_per_chunk, monkeypat
     points = torch.rand(2, 23, 3) - 0.5
     expected = query(planes, field, points, SamplingConfig())
     monkeypatch.setattr(render, 'POINTS_PER_CHUNK', points_per_chunk)
+    sizes = []
+    field.inner.register_forward_hook(lambda module, x, y: sizes.append(len(x[0]) * x[0].shape[1]))
     with torch.no_grad():
         actual = query(planes, field, points, SamplingConfig())
+        assert max(sizes) <= max(points_per_chunk, 2) and sum(sizes) == 46
         nothing = query(planes, field, points[:, :0], SamplingConfig())
     assert expected['sigma'].requires_grad and not actual['sigma'].requires_grad
     for key, shape in (('sigma', (2, 23, 1)), ('rgb', (2, 23, 3))):
@@ -423,11 +462,17 @@ def test_chunks_do_not_change_what_is_queried(scene, points_per_chunk, monkeypat
 
 def test_density_noise_is_drawn_once_for_all_points(scene, monkeypatch):
     planes, field, *_ = scene
+    noisy = SamplingConfig(num_depths=6, num_importance=5, density_noise=0.5)
+    torch.manual_seed(1)
+    expected = render_rays(*scene, noisy, 'center').features.detach()
     points = torch.rand(2, 500, 3) - 0.5
     plain = query(planes, field, points, SamplingConfig())['sigma']
     monkeypatch.setattr(render, 'POINTS_PER_CHUNK', 30)
     with torch.no_grad():
         noise = query(planes, field, points, SamplingConfig(density_noise=0.5))['sigma'] - plain
+        torch.manual_seed(1)
+        actual = render_rays(*scene, noisy, 'center').features
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert noise.std() == pytest.approx(0.5, rel=0.1) and noise.mean() == pytest.approx(0, abs=0.06)
 
 

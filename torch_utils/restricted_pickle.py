@@ -269,7 +269,7 @@ class PickledTensor:
         if count > numbers.numel() or (count and last >= numbers.numel()):
             raise pickle.UnpicklingError(f'tensor of shape {list(self.size)} in a storage of {numbers.numel()} numbers')
         try:
-            return numbers.as_strided(self.size, self.stride, self.offset if count else 0)
+            return numbers.as_strided(self.size, self.stride, self.offset)
         except RuntimeError as error:  # Strides of dimensions that hold one number or none may be absurd.
             raise pickle.UnpicklingError('tensor with a damaged layout') from error
 

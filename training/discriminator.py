@@ -8,6 +8,7 @@ from torch import nn
 
 from torch_utils.custom_ops import check_shape
 from torch_utils.ops.upfirdn2d import setup_filter
+from torch_utils.randomness import normal
 from training.backbone import fp16_from_resolution
 from training.config import DiscriminatorConfig
 from training.layers import BINOMIAL_FILTER, Conv2dLayer, FullyConnectedLayer
@@ -145,4 +146,4 @@ class Discriminator(nn.Module):
     def _with_noise(self, c):
         if self.config.disc_c_noise == 0 or len(c) < 2:
             return c  # The deviation of a single label is 0.
-        return c + torch.randn(c.shape, device=c.device) * c.std(dim=0) * self.config.disc_c_noise
+        return c + normal(c.shape, c.device) * c.std(dim=0) * self.config.disc_c_noise

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one forward of EG3D (Chan et al. 2022) and Next3D (Sun et al. 2023): mapping, planes, render, query."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from torch_utils.custom_ops import check_shape
+from torch_utils.randomness import uniform
 from training import head_raster, mouth
 from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork, num_ws_of
 from training.config import LABEL_LENGTH, EG3DConfig, Next3DConfig
@@ -105,6 +107,8 @@ class EG3DGenerator(nn.Module):
         check_shape('ws', ws, [len(planes.planes), self.num_ws, self.w_dim])
         origins, directions = self._rays(c, len(ws), resolution)
         jitter = depth_jitter or ('random' if self.training else 'center')
+        if jitter == 'random':
+            jitter = functools.partial(uniform, device=ws.device)
         rendered = render_rays(planes.planes, self.decoder, origins, directions, self.config.sampling, jitter)
         features, depth = (_as_image(x, resolution) for x in (rendered.features, rendered.depth))
         raw = features[:, :3]

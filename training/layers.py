@@ -10,6 +10,7 @@ from torch_utils.ops.bias_act import bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.modulated_conv2d import modulated_conv2d
 from torch_utils.ops.upfirdn2d import setup_filter
+from torch_utils.randomness import normal
 
 BINOMIAL_FILTER = (1, 3, 3, 1)
 NOISE_MODES = ('random', 'const', 'none')
@@ -106,7 +107,7 @@ class SynthesisLayer(nn.Module):
         if noise_mode == 'const':
             return self.noise_const * self.noise_strength
         shape = [batch, 1, self.resolution, self.resolution]
-        return torch.randn(shape, device=self.noise_const.device) * self.noise_strength
+        return normal(shape, self.noise_const.device) * self.noise_strength
 
 
 class ToRGBLayer(nn.Module):

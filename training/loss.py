@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import l1_loss, relu, softplus
 
 from torch_utils.ops.upfirdn2d import filter2d
+from torch_utils.randomness import normal, uniform
 from training import schedules
 from training.discriminator import Discriminator
 from training.generator import Next3DGenerator, Planes
@@ -161,7 +162,7 @@ class Next3DLoss:
         if self.config.gpc_reg_prob is None:
             return torch.zeros_like(c)
         p = schedules.swap_probability(nimg, self.config.gpc_reg_prob, self.config.gpc_reg_fade_kimg)
-        draw = torch.rand([len(c), 1] if per_sample else [], device=c.device)
+        draw = uniform([len(c), 1] if per_sample else [], c.device)
         return torch.where(draw < p, c.roll(1, dims=0), c)
 
     def _mix_styles(self, ws, conditioning):
@@ -169,9 +170,9 @@ class Next3DLoss:
         if self.config.style_mixing_prob == 0:
             return ws
         num_ws = ws.shape[1]
-        cutoff = 1 + (torch.rand([], device=ws.device) * (num_ws - 1)).long()
-        cutoff = torch.where(torch.rand([], device=ws.device) < self.config.style_mixing_prob, cutoff, num_ws)
-        other = self.generator.mapping(torch.randn([len(ws), self.generator.z_dim], device=ws.device), conditioning)
+        cutoff = 1 + (uniform([], ws.device) * (num_ws - 1)).long()
+        cutoff = torch.where(uniform([], ws.device) < self.config.style_mixing_prob, cutoff, num_ws)
+        other = self.generator.mapping(normal([len(ws), self.generator.z_dim], ws.device), conditioning)
         return torch.where(torch.arange(num_ws, device=ws.device)[:, None] < cutoff, ws, other)
 
     def _score(self, images, c, nimg):
@@ -208,7 +209,7 @@ class Next3DLoss:
         else:
             distance = self.config.density_reg_p_dist
         points = self._random_points(planes, NUM_POINTS)
-        beside = points + torch.randn(list(points.shape), device=points.device) * distance
+        beside = points + normal(points.shape, points.device) * distance
         sigma = self.generator.query(planes, torch.cat([points, beside], dim=1))['sigma']
         return l1_loss(*sigma.split(NUM_POINTS, dim=1)) * self.config.density_reg
 
@@ -224,7 +225,7 @@ class Next3DLoss:
     def _random_points(self, planes, count):
         half = 1.0 if self.config.density_region == 'published' else self.generator.config.sampling.box_warp / 2
         device = planes.planes.device
-        return (torch.rand([len(planes.planes), count, 3], device=device) * 2 - 1) * half
+        return (uniform([len(planes.planes), count, 3], device) * 2 - 1) * half
 
     def _report_scores(self, kind, logits):
         self.report(f'Loss/scores/{kind}', logits)

@@ -65,10 +65,9 @@ def bias_act(
 def _bias_act_ref(x, b, dim, activation, alpha, gain, clamp):
     gain = activation.default_gain if gain is None else gain
     # Without a gradient to keep, the later steps may overwrite the result of the first: a third of the memory traffic.
-    is_own = False
+    is_own = b is not None
     if b is not None:
         x = x + b.reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
-        is_own = not x.requires_grad
     y = activation.function(x, activation.default_alpha if alpha is None else alpha)
     is_own = not y.requires_grad and (is_own or y is not x)
     if gain != 1:

@@ -65,4 +65,4 @@ def _limit_range(weight, styles):
     """Scale weights and styles to at most 1/√fan-in and 1: half precision cannot overflow, demodulation undoes it."""
     fan_in = weight[0].numel()
     weight = weight / (weight.abs().amax([1, 2, 3], keepdim=True) * fan_in**0.5)
-    return weight, styles / styles.abs().amax(1, keepdim=True)
+    return weight, styles / styles.abs().amax(1, keepdim=True).clamp(min=DEMODULATION_EPSILON)
