@@ -146,10 +146,10 @@ def load_generator(path: str, device: torch.device) -> EG3DGenerator:
     for key in ('G_ema', 'G'):
         try:
             network = legacy.load_network_pkl(path, only=(key,))[key]
-        except legacy.NetworkFileError as error:
-            if 'holds none of' not in str(error):
-                raise
+        except legacy.NetworkAbsentError:
             continue
+        except legacy.NetworkFileError:
+            raise
         except ValueError as error:
             raise click.UsageError(f'--network: {error}') from error
         if isinstance(network, EG3DGenerator):

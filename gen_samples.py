@@ -20,17 +20,22 @@ PUBLISHED_VIEWS = ((0.4, -0.2), (0.0, -0.2), (-0.4, -0.2))  # Yaw and pitch from
 YAW_RANGE, PITCH = 0.4, -0.2
 SHAPE_FORMATS = ('.mrc', '.ply', '.obj', '.glb')
 MAX_SHAPE_RES = 1024
+MAX_PITCH_DEG = 90
 BAR_AFTER_SECONDS = 2
 MRC_LABEL = 'Raw density'  # The format's usual label holds the time: the same command would write other bytes.
 
 
 class ViewList(click.ParamType):
-    """A number of views, spread over the published yaw range, or 'yaw:pitch,...' in degrees from the frontal camera."""
+    """A number of views, spread over the published yaw range, or 'yaw:pitch,...' in degrees from the frontal camera.
+
+    Pitch is the camera's elevation, positive from above. The samplers' vertical angle is no angle of a sphere: its
+    cosine of the polar angle is 1 - 2v/π.
+    """
 
     name = 'views'
 
     def convert(self, value, param, ctx):
-        """Return (yaw, pitch) pairs in radians."""
+        """Return (horizontal, vertical) pairs of the sampler, relative to the frontal camera."""
         if isinstance(value, tuple):
             return value
         if re.fullmatch(r'\d{1,3}', value) and int(value) > 0:
@@ -39,10 +44,11 @@ class ViewList(click.ParamType):
             return tuple((float(yaw), PITCH) for yaw in yaws)
         number = r'\s*(-?\d{1,3}(?:\.\d+)?)\s*'
         pairs = [re.fullmatch(f'{number}:{number}', part) for part in value.split(',')]
-        if not all(pairs):
-            expected = "a number of views or yaw:pitch pairs in degrees ('30:0,-30:0')"
+        if not all(pairs) or any(abs(float(pair[2])) >= MAX_PITCH_DEG for pair in pairs):
+            expected = "a number of views or yaw:pitch pairs in degrees ('30:0,-30:10'), pitch within +-90"
             self.fail(f'expected {expected}, got {value!r}.', param, ctx)
-        return tuple((float(np.deg2rad(float(p[1]))), float(np.deg2rad(float(p[2])))) for p in pairs)
+        angles = np.deg2rad([[float(pair[1]), float(pair[2])] for pair in pairs])
+        return tuple((float(yaw), float(-cameras.FRONTAL * np.sin(pitch))) for yaw, pitch in angles)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +92,12 @@ class ShapeOptions:
 )
 @cli.option(
     'views', metavar='N|YAW:PITCH,...', type=ViewList(), default=PUBLISHED_VIEWS, show_default='3',
-    help='Number of views over yaw +-0.4 rad, or a list of angles in degrees.',
+    help='Number of views over yaw +-0.4 rad, or angles in degrees; positive pitch looks from above.',
 )
 @cli.flag('depth', help='Also write depth maps: a picture (near is white) and the distances as .npy.')
-@cli.option('device', type=cli.Device(), default='auto', show_default=True, help='cpu, cuda or cuda:N.')
+@cli.option(
+    'device', type=cli.Device(), default='auto', show_default=True, help='cpu, cuda, cuda:N; auto: cuda when present.'
+)
 @cli.flag('reload_modules', help='Accepted for the published command lines; code in files is never used.')
 def main(network, seeds, outdir, shapes, shape_res, shape_format, device, obj_path, lms_path, **options):
     """Write seedNNNN.png, a strip of views, for each seed; with --depth and --shapes what they ask for.

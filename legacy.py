@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads network files: published EG3D and Next3D pickles and this project's own snapshots, without running them."""
 
+import dataclasses
 import os
 import pickle
 from typing import Any, BinaryIO
@@ -31,8 +32,16 @@ DEFAULT_MAPPING_LAYERS = 8
 DEFAULT_RENDERING_RESOLUTION = 64
 
 
+class _AbsentError(SnapshotError):
+    """A file holds none of the networks that were asked for."""
+
+
 class NetworkFileError(ValueError):
     """A network file that cannot be used; the message names the file and the reason in one line."""
+
+
+class NetworkAbsentError(NetworkFileError):
+    """A network file without any of the networks that were asked for."""
 
 
 def load_network_pkl(
@@ -53,7 +62,8 @@ def load_network_pkl(
     except pickle.UnpicklingError as error:
         raise NetworkFileError(f'{name}: cannot be loaded: {_one_line(error)}') from error
     except SnapshotError as error:
-        raise NetworkFileError(f'{name}: {_one_line(error)}') from error
+        kind = NetworkAbsentError if isinstance(error, _AbsentError) else NetworkFileError
+        raise kind(f'{name}: {_one_line(error)}') from error
 
 
 def _one_line(error):
@@ -83,7 +93,7 @@ def _networks(content, only):
             except SnapshotError as error:
                 raise SnapshotError(f'{key}: {error}') from error
     if not networks:
-        raise SnapshotError(f'holds none of {", ".join(only)}')
+        raise _AbsentError(f'holds none of {", ".join(only)}')
     return networks
 
 
@@ -102,7 +112,8 @@ def _from_published(pickled) -> nn.Module:
         elif pickled.class_name == GENERATOR_CLASS:
             config = _generator_config(pickled, tensors)
             if isinstance(config, Next3DConfig):
-                tensors['uv_face_mask'] = plain(pickled.state['uv_face_mask'])
+                if 'uv_face_mask' not in tensors:  # A plain attribute, unless a variant registered it.
+                    tensors['uv_face_mask'] = plain(pickled.state['uv_face_mask'])
         else:
             raise SnapshotError(f'class {pickled.class_name} is not a network of EG3D or Next3D that is known here')
     except SnapshotError:
@@ -212,6 +223,9 @@ def _width_arguments(kwargs):
 
 
 def _mapping_config(kwargs):
+    unknown = sorted(set(kwargs) - {f.name for f in dataclasses.fields(MappingConfig)})
+    if unknown:
+        raise SnapshotError(f'mapping option {unknown[0]!r} is not supported')
     return MappingConfig(**{'num_layers': DEFAULT_MAPPING_LAYERS, **kwargs})
 
 

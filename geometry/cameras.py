@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 FOCAL = 4.2647  # Focal length over image side of FFHQ's aligned photos, and of videos and training.
-FULL_FOV_DEG = 18.837  # The diagonal field of view that scripts of this family are given for it.
 DIAGONAL = 1.414  # Rounded in the published formula.
 FRONTAL = math.pi / 2  # Horizontal and vertical angle of the frontal camera.
 CAM2WORLD, INTRINSICS = slice(0, 16), slice(16, 25)

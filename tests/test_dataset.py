@@ -175,8 +175,8 @@ def edit_labels(root, change):
 FAULTS = {
     'short label': (lambda r: edit_labels(r, lambda x: x[1][1].__delitem__(slice(16, 25))), '25 numbers, found 16'),
     'label missing': (lambda r: edit_labels(r, lambda x: x.pop(0)), 'expected a label of 00000/img00000004.png'),
-    'mesh missing': (lambda r: (r / 'meshes512x512/00000/img00000002.obj').unlink(), 'img00000002.obj: expected a mesh'),
-    'landmarks missing': (lambda r: (r / 'lms512x512/00000/img00000002.txt').unlink(), 'img00000002.txt: expected a land'),
+    'mesh missing': (lambda r: (r / 'meshes512x512/00000/img00000002.obj').unlink(), '02.obj: expected a mesh'),
+    'landmarks missing': (lambda r: (r / 'lms512x512/00000/img00000002.txt').unlink(), '02.txt: expected a land'),
     'no labels': (lambda r: (r / 'images512x512/dataset.json').unlink(), 'dataset.json: expected camera labels'),
     'no JSON': (lambda r: (r / 'images512x512/dataset.json').write_text('{'), 'dataset.json: expected {'),
 }

@@ -26,6 +26,7 @@ from scipy import ndimage
 
 import gen_samples
 import make_demo_network
+from geometry import cameras
 from training.checkpoint import save_snapshot
 from training.config import EG3D_PLANE_AXES, DiscriminatorConfig, EG3DConfig
 from training.discriminator import Discriminator
@@ -254,11 +255,20 @@ def test_views_as_a_number_and_as_angles_in_degrees(demo, mesh, tmp_path):
     cases = {
         '2': ((0.4, -0.2), (-0.4, -0.2)),
         '5': tuple((yaw, -0.2) for yaw in (0.4, 0.2, 0, -0.2, -0.4)),
-        '30:0, -20.5:10': ((math.radians(30), 0), (math.radians(-20.5), math.radians(10))),
+        '30:0, -20.5:10': ((math.radians(30), 0), (math.radians(-20.5), -math.pi / 2 * math.sin(math.radians(10)))),
     }
     for number, (option, views) in enumerate(cases.items()):
         run(demo, tmp_path / str(number), views=option)
         assert_same_picture(tmp_path / str(number) / 'seed0000.png', expected(demo, 0, mesh, views, psi=0.7)[0])
+
+
+@pytest.mark.parametrize('yaw_deg, pitch_deg', [(0, 0), (30, 0), (-70, 25), (10, -60), (0, 89)])
+def test_views_in_degrees_are_angles_of_the_camera(yaw_deg, pitch_deg):
+    """Yaw turns the camera to the right, pitch is its elevation above the horizon: read off its position."""
+    ((h, v),) = gen_samples.ViewList().convert(f'{yaw_deg}:{pitch_deg}', None, None)
+    x, y, z = cameras.look_at_pose(math.pi / 2 + h, math.pi / 2 + v, radius=2.7)[0, :3, 3].tolist()
+    assert math.degrees(math.asin(y / 2.7)) == pytest.approx(pitch_deg, abs=1e-2)
+    assert math.degrees(math.atan2(x, z)) == pytest.approx(yaw_deg, abs=1e-2)
 
 
 def test_field_of_view_is_a_float_along_the_diagonal(demo, mesh, tmp_path):
@@ -554,6 +564,7 @@ BAD_OPTIONS = {
     'fov nan': (dict(fov_deg='nan'), '--fov-deg', 'nan'),
     'fov of words': (dict(fov_deg='wide'), '--fov-deg', 'wide'),
     'no views': (dict(views=0), '--views'),
+    'view from the pole': (dict(views='0:90'), '--views', 'pitch within'),
     'too many views': (dict(views=1000), '--views'),
     'views of words': (dict(views='front'), '--views', 'front'),
     'half a view': (dict(views='30:'), '--views', '30:'),

@@ -46,7 +46,7 @@ TORCH_MODULES = {
     ('torch.nn.modules.activation', 'Softplus'),
 }
 # Modules that published files pickle without the persistence wrapper, under any module path of the two packages.
-PLAIN_MODULES = {'OSGDecoder', 'ImportanceRenderer', 'MipRayMarcher2', 'RaySampler'}
+PLAIN_MODULES = {'OSGDecoder', 'ImportanceRenderer', 'MipRayMarcher2', 'RaySampler', 'Pytorch3dRasterizer'}
 PLAIN_MODULE_PACKAGES = {'training', 'training_avatar_texture'}
 
 
@@ -454,6 +454,7 @@ _ALLOWED = {
     ('dnnlib.util', 'EasyDict'): _Dict,
     ('numpy', 'dtype'): _Function(_numpy_dtype),
     ('numpy', 'ndarray'): _Function(lambda *_: PickledArray()),
+    ('torch', 'Size'): _Function(lambda sizes=(): tuple(sizes)),
     ('torch._utils', '_rebuild_tensor_v2'): _REBUILD_TENSOR,
     ('torch._utils', '_rebuild_tensor'): _REBUILD_TENSOR,
     ('torch._utils', '_rebuild_parameter'): _Function(_rebuild_parameter),

@@ -167,6 +167,7 @@ def _next3d_from_buffers(config, tensors):
     # Copies: the network keeps them, and what was read from a file is not to be written to.
     faces, uvs, uv_faces, mask = (tensors[name].clone() for name in (*TOPOLOGY_BUFFERS, 'uv_face_mask'))
     del tensors['uv_face_mask']
+    mask = mask[:, :1] if mask.ndim == 4 else mask  # The first channel of the mask picture.
     are_corners = all(x.ndim == 3 and x.shape[-1] == 3 and not x.is_floating_point() for x in (faces, uv_faces))
     if not are_corners or faces.shape != uv_faces.shape or uvs.shape[-1] != 2 or mask.shape[:2] != (1, 1):
         raise SnapshotError('mesh topology of Next3DGenerator does not fit')

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from geometry import cameras
 from torch_utils.custom_ops import check_shape
 from torch_utils.randomness import uniform
 from training import head_raster, mouth
@@ -166,8 +167,7 @@ class EG3DGenerator(nn.Module):
     def _rays(self, c, batch, resolution):
         if c.ndim != 2 or len(c) != batch or c.shape[1] < LABEL_LENGTH:
             raise ValueError(f'c: expected [{batch}, {LABEL_LENGTH} or more], got {list(c.shape)}')
-        c = c.float()
-        return camera_rays(c[:, :16].reshape(-1, 4, 4), c[:, 16:25].reshape(-1, 3, 3), resolution)
+        return camera_rays(*cameras.split_label(c.float()), resolution)
 
 
 class Next3DGenerator(EG3DGenerator):
