@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -157,23 +158,40 @@ def load_generator(path: str, device: torch.device) -> EG3DGenerator:
     raise legacy.NetworkFileError(f'{path}: expected a generator as G_ema or G, found none')
 
 
-def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | None, device: torch.device):
+class HeadFiles(NamedTuple):
+    """What the mesh options name, read: each None where its option was not given."""
+
+    obj_path: str | None
+    mesh: meshes.ObjMesh | None
+    landmarks: np.ndarray | None
+
+
+def read_head(obj_path: str | None, lms_path: str | None) -> HeadFiles:
+    """Read mesh and landmarks; before a network is loaded, so that a wrong file costs no download."""
+    mesh = None if obj_path is None else meshes.read_obj(obj_path)
+    if mesh is not None and mesh.uv_faces is None:
+        raise click.UsageError(f'--obj_path: {obj_path}: expected a UV-mapped mesh (vt lines, f v/vt), found no UVs.')
+    return HeadFiles(obj_path, mesh, None if lms_path is None else meshes.read_landmarks(lms_path))
+
+
+def fit_head(generator: EG3DGenerator, head: HeadFiles, device: torch.device) -> torch.Tensor | None:
     """Return the mesh input [1, V + 68, 3] that a generator needs, or None for one that needs none (EG3D)."""
     if not isinstance(generator, Next3DGenerator):
         return None
-    for name, path in (('obj_path', obj_path), ('lms_path', lms_path)):
-        if path is None:
+    for name, content in (('obj_path', head.mesh), ('lms_path', head.landmarks)):
+        if content is None:
             raise click.UsageError(f'--{name}: expected a file, got none; this network draws a head mesh.')
-    mesh = meshes.read_obj(obj_path)
-    if len(mesh.vertices) != generator.num_vertices:
+    if len(head.mesh.vertices) != generator.num_vertices:
         raise click.UsageError(
-            f'--obj_path: {obj_path}: expected the {generator.num_vertices} vertices of the mesh that the network '
-            f'was trained with, found {len(mesh.vertices)}.'
+            f'--obj_path: {head.obj_path}: expected the {generator.num_vertices} vertices of the mesh that the network '
+            f'was trained with, found {len(head.mesh.vertices)}.'
         )
-    if mesh.uv_faces is None:
-        raise click.UsageError(f'--obj_path: {obj_path}: expected a UV-mapped mesh (vt lines, f v/vt), found no UVs.')
-    v = meshes.stack_mesh(mesh.vertices, meshes.read_landmarks(lms_path))
-    return torch.from_numpy(v).to(device)
+    return torch.from_numpy(meshes.stack_mesh(head.mesh.vertices, head.landmarks)).to(device)
+
+
+def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | None, device: torch.device):
+    """Return `fit_head` of `read_head`: the mesh input of two files."""
+    return fit_head(generator, read_head(obj_path, lms_path), device)
 
 
 def make_outdir(path: str) -> pathlib.Path:

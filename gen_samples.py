@@ -106,9 +106,10 @@ def main(network, seeds, outdir, shapes, shape_res, shape_format, device, obj_pa
     python gen_samples.py --outdir=out --trunc=0.7 --shapes=true --seeds=0-3 --network=NETWORK.pkl \\
         --obj_path=data/demo/demo.obj --lms_path=data/demo/demo_kpt2d.txt --lms_cond=True
     """
+    head = cli.read_head(obj_path, lms_path)
     click.echo(f'Loading networks from "{network}"...')
     generator = cli.load_generator(network, device)
-    v = cli.load_mesh(generator, obj_path, lms_path, device)
+    v = cli.fit_head(generator, head, device)
     folder = cli.make_outdir(outdir)
     shape = ShapeOptions(resolution=shape_res, file_format=shape_format) if shapes else None
     steps = 1 + len(options['views']) + bool(shape)
@@ -120,7 +121,7 @@ def main(network, seeds, outdir, shapes, shape_res, shape_format, device, obj_pa
             if shape:
                 _write_shape(generator, planes, folder / f'seed{seed:04d}{shape.file_format}', shape)
                 bar.update()
-    click.echo(f'Wrote {len(seeds)} seeds to {folder}')
+    click.echo(f'Wrote {len(seeds)} {"seed" if len(seeds) == 1 else "seeds"} to {folder}')
 
 
 def _write_pictures(generator, v, folder, seed, options, bar) -> Planes:

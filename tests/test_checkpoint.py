@@ -360,6 +360,10 @@ DAMAGED = {
     'huge shape without data': (set_tensor(FC, lambda dtype, shape, data: (dtype, [0, 2**62, 2**62], b'')), 'G: '),
     'shape beyond 64 bits': (set_tensor(FC, lambda dtype, shape, data: (dtype, [0, 2**80], b'')), 'cannot be'),
     'many dimensions': (set_tensor(FC, lambda dtype, shape, data: (dtype, [2**62] * 100_000, data)), 'cannot be'),
+    'tensor name that is no text': (
+        lambda c: c['G']['tensors'].update({b'a': ('int64', [0], b'')}),
+        'name of a tensor',
+    ),
     'tensors that are a list': (lambda c: c['G'].update(tensors=[1]), 'G: damaged network'),
     'corners of fractions': (
         set_tensor('faces', lambda d, shape, data: ('float32', shape, data[::2])),

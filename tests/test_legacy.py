@@ -31,7 +31,12 @@ from training.volume.render import SamplingConfig
 SAMPLING = SamplingConfig(box_warp=0.7, near=0.25, far=1.5, num_depths=9, num_importance=7, white_back=True)
 EG3D = EG3DConfig(**SMALL, sampling=dataclasses.replace(SAMPLING, plane_axes=((0, 1), (0, 2), (2, 0))))
 NEXT3D = Next3DConfig(
-    **SMALL, sampling=SAMPLING, texture_resolution=16, mouth_resolution=8, mouth_lowest=4, blending_lowest=4
+    **{**SMALL, 'plane_resolution': 16},
+    sampling=SAMPLING,
+    texture_resolution=8,
+    mouth_resolution=16,
+    mouth_lowest=8,
+    blending_lowest=4,
 )
 PLANE_AXES = {  # Matrices whose inverse's first two columns pick the coordinates of each plane.
     kind: [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], last]
@@ -217,6 +222,15 @@ def test_discriminators(kind):
     assert_same(load(file_of(D=made))['D'], resolved(original(kind)))
 
 
+def test_loaded_networks_own_their_memory(monkeypatch):
+    content = legacy.restricted_pickle.load(io.BytesIO(file_of(G_ema=generator_object(original('next3d')))))
+    monkeypatch.setattr(legacy.restricted_pickle, 'load', lambda file: content)
+    first = load(b'')['G_ema']
+    for x in [*first.state_dict().values(), first.uv_face_mask]:
+        x.fill_(1)
+    assert_same(load(b'')['G_ema'], resolved(original('next3d')))
+
+
 def test_older_name_of_the_single_discriminator():
     assert load(file_of(D=discriminator_object(original('single'), 'Discriminator')))['D'].config.kind == 'single'
 
@@ -333,11 +347,31 @@ def test_rendering_arguments_of_the_constructor_serve_where_there_is_no_attribut
 
 
 def test_mask_and_buffers_come_from_the_file():
-    mask = torch.rand(1, 1, 16, 16)
+    mask = torch.rand(1, 1, 8, 8)
     extra = {'dense_faces': torch.arange(30).reshape(1, 10, 3), 'dataset_label_std': torch.ones(25)}
     g = load(changed(state={'uv_face_mask': mask}, buffers=extra))['G_ema']
     assert torch.equal(g.uv_face_mask, mask)
     assert all(torch.equal(g.state_dict()[name], x) for name, x in extra.items())
+
+
+def test_mask_that_is_a_buffer_of_several_channels():
+    mask = torch.rand(1, 3, 8, 8)
+    g = load(changed(drop=['uv_face_mask'], buffers={'uv_face_mask': mask}))['G_ema']
+    assert torch.equal(g.uv_face_mask, mask[:, :1]) and 'uv_face_mask' not in g.state_dict()
+
+
+def test_rasteriser_that_is_pickled_by_its_class():
+    plain_object = module_object('training_avatar_texture.rasterizer', 'Pytorch3dRasterizer', {'raster_settings': {}})
+    assert_same(load(changed(modules={'rasterizer': plain_object}))['G_ema'], resolved(original('next3d')))
+
+
+def test_files_without_the_networks_asked_for():
+    with pytest.raises(legacy.NetworkAbsentError, match='holds none of G_ema'):
+        load(file_of(D=discriminator_object(original('dual'))), only=('G_ema',))
+    for broken in (write([1]), file_of(G_ema=7)):
+        with pytest.raises(NetworkFileError) as caught:
+            load(broken, only=('G_ema',))
+        assert type(caught.value) is NetworkFileError
 
 
 def test_buffers_that_are_not_part_of_the_state_are_left_out():

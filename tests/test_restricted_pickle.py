@@ -96,6 +96,9 @@ def write(content, protocol=4) -> bytes:
     return stream.getvalue()
 
 
+FLOAT_STORAGE = Name('torch', 'FloatStorage')
+
+
 def legacy_stream(parts: dict | None = None, data: bytes = bytes(12), **storage) -> bytes:
     """Return what torch.save wrote of a storage before the zip format; `parts` replaces some of its five pickles."""
     pickles = {
@@ -110,7 +113,7 @@ def legacy_stream(parts: dict | None = None, data: bytes = bytes(12), **storage)
     return b''.join(write(part, protocol=2) for part in pickles.values()) + struct.pack('<q', length) + data
 
 
-def persistent_id(kind=Name('torch', 'FloatStorage'), key='7', length=3, view=(None,)):
+def persistent_id(kind=FLOAT_STORAGE, key='7', length=3, view=(None,)):
     """Return the reference to a storage in a torch.save stream."""
     return Raw(write(('storage', kind, key, 'cpu', length, *view), protocol=2)[2:-1] + pickle.BINPERSID)
 
@@ -296,6 +299,7 @@ ALLOWED = {
     'torch._utils _rebuild_parameter': (tensor((3,), (1,)), True, {}),
     'torch.storage _load_from_bytes': (legacy_stream(),),
     'torch FloatStorage': (),
+    'torch Size': ([1, 2],),
     'torch.storage UntypedStorage': (),
     'torch.nn.modules.container ModuleList': (),
     'torch.nn.modules.activation Softplus': (),
@@ -322,6 +326,7 @@ def good_content():
         'numpy': [numpy_array('numpy.core', (2,), numpy_dtype('i4'), struct.pack('<2i', 5, 6)), np.float32(0.5)],
         'module': module_object('training.triplane', 'OSGDecoder', {'hidden_dim': 64, 'names': {'x', 'y'}}),
         'network': persistent('MappingNetwork', {'_init_args': (512, 25), '_modules': {}}),
+        'shape': torch.Size([2, 3]),
     }
 
 
@@ -349,6 +354,7 @@ GOOD_LOADED = {
     'numpy': ['int32 [5, 6]', 0.5],
     'module': "OSGDecoder {'hidden_dim': 64, 'names': ['x', 'y']}",
     'network': "MappingNetwork {'_init_args': [512, 25], '_modules': {}}",
+    'shape': [2, 3],
 }
 
 
@@ -446,6 +452,7 @@ OPCODES = {
     'memo that was never set': (b'\x80\x02h\x07.', 'Memo'),
     'stack underflow': (b'\x80\x02R.', 'damaged'),
     'tuple as a key': (b'\x80\x02}K\x01\x85K\x02s.', 'unhashable'),
+    'shape as a key': (b'\x80\x02}ctorch\nSize\n]K\x01a\x85RK\x02s.', 'unhashable'),
     'nested tuple in a set': (write(Call(Name('builtins', 'set'), ([((1, 2), 3)],))), 'unhashable'),
 }
 

@@ -454,7 +454,7 @@ _ALLOWED = {
     ('dnnlib.util', 'EasyDict'): _Dict,
     ('numpy', 'dtype'): _Function(_numpy_dtype),
     ('numpy', 'ndarray'): _Function(lambda *_: PickledArray()),
-    ('torch', 'Size'): _Function(lambda sizes=(): tuple(sizes)),
+    ('torch', 'Size'): _Function(lambda sizes=(): _Tuple(sizes)),
     ('torch._utils', '_rebuild_tensor_v2'): _REBUILD_TENSOR,
     ('torch._utils', '_rebuild_tensor'): _REBUILD_TENSOR,
     ('torch._utils', '_rebuild_parameter'): _Function(_rebuild_parameter),
