@@ -54,3 +54,12 @@ def topology():
     mask = np.asarray(Image.open(parity.parity_file('uv_face_eye_mask.png')))
     mask = torch.tensor(mask if mask.ndim == 2 else mask[..., 0]).float()[None, None] / 255
     return faces, uvs, uv_faces, torch.nn.functional.interpolate(mask, size=(256, 256))
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """For tests on tiny tensors: on shared cores, threads would spend most of the time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

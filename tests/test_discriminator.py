@@ -15,13 +15,7 @@ from training.superresolution import resize_antialiased
 TINY = dict(img_resolution=16, channel_base=64, channel_max=6, num_fp16_res=0, mapping=MappingConfig(num_layers=2))
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Tensors are tiny: on shared cores, threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(autouse=True)

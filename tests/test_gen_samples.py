@@ -46,13 +46,7 @@ SHAPE_RES, BORDER = 24, 2  # BORDER = int(30 * 24 / 256).
 # Networks, and the pictures they must give, worked out from architecture.md section 7 without gen_samples
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Such small networks gain nothing from more threads, which only wait for each other where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -24,13 +24,7 @@ OBLONG = torch.tensor([[1.0, 2, 3, 4], [0, -1, 2, 5]])  # [2, 4], neither separa
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Tensors are tiny: on shared cores, threads would spend most of the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
