@@ -157,7 +157,7 @@ def test_loaded_networks_give_the_same_pictures(tmp_path):
 
 def test_loaded_networks_own_their_memory(tmp_path):
     save_snapshot(tmp_path / 'a.pkl', {'G_ema': next3d()})
-    file = open(tmp_path / 'a.pkl', 'rb').read()
+    file = (tmp_path / 'a.pkl').read_bytes()
     first = load(file)['G_ema']
     for x in [*first.state_dict().values(), first.uv_face_mask]:
         x.fill_(1)

@@ -654,10 +654,11 @@ OTHER_FILES = {
 def test_other_files_are_refused_by_their_name(case, tmp_path):
     path = tmp_path / 'other.pkl'
     path.write_bytes(OTHER_FILES[case])
-    for source in (path, str(path), open(path, 'rb')):
-        with pytest.raises(NetworkFileError) as caught:
-            legacy.load_network_pkl(source)
-        assert str(caught.value).startswith(f'{path}: ') and str(caught.value).isprintable()
+    with open(path, 'rb') as file:
+        for source in (path, str(path), file):
+            with pytest.raises(NetworkFileError) as caught:
+                legacy.load_network_pkl(source)
+            assert str(caught.value).startswith(f'{path}: ') and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize('protocol', range(6))

@@ -235,7 +235,7 @@ def test_pickles_inside_storages_may_name_storage_types_alone(name):
 
 
 class Touch:
-    """Creates a file when a careless unpickler reads it."""
+    """Creates a file or a folder when a careless unpickler reads it."""
 
     def __init__(self, path, way):
         self.path, self.way = str(path), way
@@ -243,15 +243,15 @@ class Touch:
     def __reduce__(self):
         ways = {
             'os.system': (os.system, (f'touch {self.path}',)),
-            'exec': (exec, (f'open({self.path!r}, "w")',)),
-            'open': (open, (self.path, 'w')),
-            'state': (collections.OrderedDict, (), {'a': Touch(self.path, 'open')}),
-            'items': (collections.OrderedDict, (), None, None, iter([('a', Touch(self.path, 'open'))])),
+            'exec': (exec, (f'open({self.path!r}, "w").close()',)),
+            'mkdir': (os.mkdir, (self.path,)),
+            'state': (collections.OrderedDict, (), {'a': Touch(self.path, 'mkdir')}),
+            'items': (collections.OrderedDict, (), None, None, iter([('a', Touch(self.path, 'mkdir'))])),
         }
         return ways[self.way]
 
 
-@pytest.mark.parametrize('way', ['os.system', 'exec', 'open', 'state', 'items'])
+@pytest.mark.parametrize('way', ['os.system', 'exec', 'mkdir', 'state', 'items'])
 def test_nothing_runs(way, tmp_path):
     marker = tmp_path / 'marker'
     hostile = [pickle.dumps({'G': Touch(marker, way)}, protocol) for protocol in range(6)]
@@ -267,7 +267,7 @@ def test_nothing_runs(way, tmp_path):
 
 def test_nothing_is_imported(tmp_path, monkeypatch):
     marker = tmp_path / 'marker'
-    (tmp_path / 'evil_probe.py').write_text(f'open({str(marker)!r}, "w")\nclass OSGDecoder: pass\n')
+    (tmp_path / 'evil_probe.py').write_text(f'open({str(marker)!r}, "w").close()\nclass OSGDecoder: pass\n')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(training, '__path__', [*training.__path__, str(tmp_path)])
     for data in named('evil_probe', 'OSGDecoder').values():

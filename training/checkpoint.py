@@ -164,8 +164,7 @@ def _next3d_from_buffers(config, tensors):
     missing = [name for name in (*TOPOLOGY_BUFFERS, 'uv_face_mask') if name not in tensors]
     if missing:
         raise SnapshotError(f'tensors of Next3DGenerator do not fit; missing: {", ".join(missing)}')
-    # Copies: the network keeps them, and what was read from a file is not to be written to.
-    faces, uvs, uv_faces, mask = (tensors[name].clone() for name in (*TOPOLOGY_BUFFERS, 'uv_face_mask'))
+    faces, uvs, uv_faces, mask = (tensors[name] for name in (*TOPOLOGY_BUFFERS, 'uv_face_mask'))
     del tensors['uv_face_mask']
     mask = mask[:, :1] if mask.ndim == 4 else mask  # The first channel of the mask picture.
     are_corners = all(x.ndim == 3 and x.shape[-1] == 3 and not x.is_floating_point() for x in (faces, uv_faces))
