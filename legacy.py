@@ -45,12 +45,12 @@ class NetworkAbsentError(NetworkFileError):
 
 
 def load_network_pkl(
-    source: str | os.PathLike | BinaryIO, only: tuple[str, ...] = NETWORK_KEYS
+    source: str | os.PathLike | BinaryIO, only: str | tuple[str, ...] = NETWORK_KEYS
 ) -> dict[str, nn.Module]:
     """Return the networks of a file: {'G_ema': ..., 'G': ..., 'D': ...}, those that are present.
 
     source: path, URL (Google Drive share links too; kept in a cache), or an open binary file of a published EG3D or
-    Next3D pickle or of a snapshot written by this project. only: build just these, to save time and memory.
+    Next3D pickle or of a snapshot written by this project. only: build just this one or these, to save time and memory.
     Networks come on the CPU, in float32, in eval mode and without gradients.
     Code in the file is never run: names outside an allow-list are refused. Raises NetworkFileError for files that are
     damaged, hostile or hold something else, OSError where a path cannot be read, and dnnlib.util.DownloadError.
@@ -58,7 +58,7 @@ def load_network_pkl(
     name = getattr(source, 'name', 'network file') if hasattr(source, 'read') else os.fspath(source)
     try:
         content = _read(source)
-        return _networks(content, only)
+        return _networks(content, (only,) if isinstance(only, str) else only)
     except pickle.UnpicklingError as error:
         raise NetworkFileError(f'{name}: cannot be loaded: {_one_line(error)}') from error
     except SnapshotError as error:

@@ -178,6 +178,15 @@ def test_storage_in_another_precision(kind, dtype, tmp_path):
     assert ((tmp_path / 'a.pkl').stat().st_size < 0.6 * len(full)) == (dtype != torch.float32)
 
 
+def test_weights_that_a_precision_cannot_hold_are_not_stored(tmp_path):
+    network = NETWORKS['eg3d']()
+    network.backbone.mapping.fc0.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match='dtype: expected one that holds all weights, got torch.float16 for 100000'):
+        save_snapshot(tmp_path / 'a.pkl', {'G': network}, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+    save_snapshot(tmp_path / 'a.pkl', {'G': network}, dtype=torch.bfloat16)
+
+
 CONFIGS = [EG3D, NEXT3D, EG3DConfig(), Next3DConfig(), DiscriminatorConfig(), *DISCRIMINATORS.values()]
 
 

@@ -245,6 +245,7 @@ def test_all_networks_of_a_file_and_some():
     nets = load(data)
     assert sorted(nets) == ['D', 'G', 'G_ema'] and (nets['G'].z_dim, nets['G_ema'].z_dim) == (5, 6)
     assert list(load(data, only=('D',))) == ['D'] and sorted(load(data, only=('G', 'G_ema'))) == ['G', 'G_ema']
+    assert list(load(data, only='G_ema')) == ['G_ema']
     refused(file_of(D=discriminator_object(original('dual'))), 'holds none of G, G_ema', only=('G', 'G_ema'))
 
 

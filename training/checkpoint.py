@@ -178,6 +178,8 @@ def _next3d_from_buffers(config, tensors):
 def _tensor_to_data(tensor, dtype):
     tensor = tensor.detach().cpu().contiguous()
     if dtype is not None and tensor.is_floating_point():
+        if tensor.numel() and tensor.abs().max() > torch.finfo(dtype).max:
+            raise ValueError(f'dtype: expected one that holds all weights, got {dtype} for {tensor.abs().max():g}')
         tensor = tensor.to(dtype)
     name = str(tensor.dtype).removeprefix('torch.')
     if name not in DTYPES:

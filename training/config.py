@@ -16,6 +16,13 @@ EG3D_PLANE_AXES = ((0, 1), (0, 2), (2, 0))
 BLEND_PLANES = ('all', 'front')
 
 
+def resolve_clamp(conv_clamp: float | str | None, num_fp16_res: int) -> float | None:
+    """Return the limit of activations; 'auto' is that of half precision where some resolutions run in it, else none."""
+    if conv_clamp != 'auto':
+        return conv_clamp
+    return FP16_CLAMP if num_fp16_res > 0 else None
+
+
 def _tuples(value):
     """Turn the lists that JSON and pickles bring back into the tuples that a frozen config holds."""
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
@@ -106,7 +113,7 @@ class EG3DConfig(_Serialisable):
     @property
     def backbone_clamp(self) -> float | None:
         """The backbones' clamp with 'auto' resolved."""
-        return (FP16_CLAMP if self.num_fp16_res > 0 else None) if self.conv_clamp == 'auto' else self.conv_clamp
+        return resolve_clamp(self.conv_clamp, self.num_fp16_res)
 
     @classmethod
     def _nested(cls):
@@ -186,7 +193,7 @@ class DiscriminatorConfig(_Serialisable):
     @property
     def clamp(self) -> float | None:
         """The clamp with 'auto' resolved."""
-        return (FP16_CLAMP if self.num_fp16_res > 0 else None) if self.conv_clamp == 'auto' else self.conv_clamp
+        return resolve_clamp(self.conv_clamp, self.num_fp16_res)
 
     @classmethod
     def _nested(cls):
