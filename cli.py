@@ -15,12 +15,14 @@ import torch
 import legacy
 from dnnlib.util import DownloadError
 from geometry import meshes
+from training.dataset import DatasetError
 from training.generator import EG3DGenerator, Next3DGenerator
+from training.run_dir import RunError
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1_000_000  # A slip such as 0-4294967295 must not fill the memory.
 MAX_FLOAT = torch.finfo(torch.float32).max
-USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError)
+USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError)
 
 
 class Command(click.Command):
@@ -42,8 +44,15 @@ class Command(click.Command):
         except USER_ERRORS as error:
             raise _one_line(str(error)) from error
         except OSError as error:
-            where = f'{error.filename}: ' if error.filename else ''
-            raise _one_line(f'{where}{error.strerror or error}') from error
+            raise _one_line(describe(error)) from error
+
+
+def describe(error: Exception) -> str:
+    """Return one line for an error that a user causes, with the file where it is one of a file."""
+    if isinstance(error, OSError) and not isinstance(error, DownloadError):
+        where = f'{error.filename}: ' if error.filename else ''
+        return f'{where}{error.strerror or error}'
+    return ' '.join(str(error).split())
 
 
 def _one_line(message, exit_code=1):

@@ -120,9 +120,13 @@ def _read_mesh(index):
 
 def _write_images(source, path):
     """Copy the picture files as they are: the archive is not compressed, the pictures in it are."""
+    resolution = source.image(0).shape[-1]
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED, allowZip64=True) as archive:
         for index, name in enumerate(tqdm(source.names, 'pictures', delay=2)):
-            source.image(index)  # A picture that cannot be read is found here, not in training.
+            found = source.image(index).shape[-1]  # A picture that cannot be read is found here, not in training.
+            if found != resolution:
+                where = f'{source.images.path}/{name}'
+                raise DatasetError(f'{where}: expected {resolution} pixels as of the first picture, found {found}')
             archive.writestr(zipfile.ZipInfo(name), source.images.read(name))
 
 

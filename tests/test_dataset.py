@@ -15,7 +15,15 @@ from geometry import cameras
 from geometry.meshes import MeshFileError
 from geometry.mirror import LANDMARK_MIRROR, mirror_label, mirror_mesh, vertex_mirror
 from geometry.simple_head import simple_head
-from training.dataset import DatasetError, FolderSource, HeadDataset, PackedSource, landmarks_path, open_source
+from training.dataset import (
+    DatasetError,
+    FolderSource,
+    HeadDataset,
+    PackedSource,
+    has_expressions,
+    landmarks_path,
+    open_source,
+)
 
 COUNT, SIDE = 5, 16
 
@@ -80,7 +88,7 @@ def test_folder_items(published):
 def test_expressions_are_appended(published):
     source = folder_source(published, with_expressions=True)
     assert source.labels.shape == (COUNT, 75)
-    assert FolderSource.has_expressions(published / 'images512x512')
+    assert has_expressions(published / 'images512x512')
 
 
 def test_packed_items_are_the_same(published, packed):

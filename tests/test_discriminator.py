@@ -121,6 +121,48 @@ def test_single_ignores_the_raw_picture():
     assert network.b16.fromrgb.weight.shape[1] == 3 and 'resample_filter' not in network.state_dict()
 
 
+def with_rendering(inputs, size=12):
+    return inputs | {'render': torch.randn(len(inputs['image']), 3, size, size)}
+
+
+@pytest.mark.parametrize('kind, c2_dim, channels', [('single', 0, 6), ('dual', 0, 9), ('dual_label', 50, 9)])
+def test_a_rendering_comes_last(kind, c2_dim, channels):
+    network = discriminator(kind=kind, c2_dim=c2_dim, render_channels=3)
+    weight = network.b16.fromrgb.weight
+    assert weight.shape[1] == channels
+    inputs, c = with_rendering(pictures()), label_of(network)
+    logits = network(inputs, c)
+    resized = inputs | {'render': resize_antialiased(inputs['render'], 16)}
+    torch.testing.assert_close(network(resized, c), logits)
+    assert not torch.allclose(network(with_rendering(inputs), c), logits, atol=1e-3)
+    plain = discriminator(kind=kind, c2_dim=c2_dim)
+    with torch.no_grad():
+        weight[:, -3:] = 0
+        # A layer scales its weights by the root of the number of its inputs.
+        state = network.state_dict() | {'b16.fromrgb.weight': weight[:, :-3] * math.sqrt((channels - 3) / channels)}
+    plain.load_state_dict(state)
+    torch.testing.assert_close(network(inputs, c), plain(inputs, c))
+
+
+def test_configs_without_renderings_load_as_before():
+    old = {name: value for name, value in DiscriminatorConfig(**TINY).to_dict().items() if name != 'render_channels'}
+    assert DiscriminatorConfig.from_dict(old) == DiscriminatorConfig(**TINY)
+    new = DiscriminatorConfig(**TINY, render_channels=3)
+    assert DiscriminatorConfig.from_dict(new.to_dict()) == new
+
+
+@pytest.mark.parametrize('message, change', [
+    (r'render: .* \[4, 3, \*, \*\], got \[4, 1, 12, 12\]', lambda x: x | {'render': x['render'][:, :1]}),
+    (r'render: .* \[4, 3, \*, \*\], got \[2, 3, 12, 12\]', lambda x: x | {'render': x['render'][:2]}),
+    (r'render: expected pictures beside image, got none', lambda x: {'image': x['image'], 'image_raw': x['image_raw']}),
+    (r'image_raw: expected pictures beside image, got none', lambda x: {'image': x['image'], 'render': x['render']}),
+])
+def test_messages_of_missing_and_odd_renderings(message, change):
+    network = discriminator(render_channels=3)
+    with pytest.raises(ValueError, match=message):
+        network(change(with_rendering(pictures())), label_of(network))
+
+
 # ---- Labels
 
 
@@ -237,6 +279,7 @@ BAD_CONFIGS = {
     "c2_dim: expected above 0 for kind 'dual_label' alone, got 50 for 'dual'": dict(c2_dim=50),
     "c2_dim: .* got 0 for 'dual_label'": dict(kind='dual_label'),
     'img_resolution: expected a power of two >= 8, got 4': dict(img_resolution=4),
+    'render_channels: expected 0 or 3, got 1': dict(render_channels=1),
 }
 
 

@@ -28,7 +28,13 @@ def _tuples(value):
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-class _Serialisable:
+def _build(nested, data):
+    if issubclass(nested, Serialisable):
+        return nested.from_dict(data)
+    return nested(**{name: _tuples(value) for name, value in data.items()})
+
+
+class Serialisable:
     """Conversion to and from plain data, shared by all configs."""
 
     def to_dict(self) -> dict:
@@ -45,7 +51,7 @@ class _Serialisable:
         values = {name: _tuples(value) for name, value in data.items()}
         for name, nested in cls._nested().items():
             if name in values:
-                values[name] = nested(**{k: _tuples(v) for k, v in data[name].items()})
+                values[name] = _build(nested, data[name])
         return cls(**values)
 
     @classmethod
@@ -63,7 +69,7 @@ class MappingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EG3DConfig(_Serialisable):
+class EG3DConfig(Serialisable):
     """An EG3D generator; `Next3DConfig` adds what the mesh brings.
 
     Channels of a block at resolution r are min(channel_base/r, channel_max). *_num_fp16_res: how many of the highest
@@ -160,11 +166,11 @@ class Next3DConfig(EG3DConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig(_Serialisable):
+class DiscriminatorConfig(Serialisable):
     """A discriminator; kind 'single' sees the picture, 'dual' also the enlarged raw one, 'dual_label' splits the label.
 
-    c_dim: length of the camera label. c2_dim: expression numbers after it ('dual_label' only). disc_c_noise: standard
-    deviations of noise on the label.
+    c_dim: length of the camera label. c2_dim: expression numbers after it ('dual_label' only). render_channels: 3 where
+    it also sees a rendering of the mesh, else 0. disc_c_noise: standard deviations of noise on the label.
     """
 
     kind: str = 'dual'
@@ -172,6 +178,7 @@ class DiscriminatorConfig(_Serialisable):
     c2_dim: int = 0
     img_resolution: int = 512
     img_channels: int = 3
+    render_channels: int = 0
     channel_base: int = 32768
     channel_max: int = 512
     num_fp16_res: int = 4
@@ -188,6 +195,8 @@ class DiscriminatorConfig(_Serialisable):
         if (self.kind == 'dual_label') != (self.c2_dim > 0):
             wanted = "expected above 0 for kind 'dual_label' alone"
             raise ValueError(f'c2_dim: {wanted}, got {self.c2_dim} for {self.kind!r}')
+        if self.render_channels not in (0, 3):
+            raise ValueError(f'render_channels: expected 0 or 3, got {self.render_channels}')
         check_power_of_two('img_resolution', self.img_resolution, minimum=8)
 
     @property

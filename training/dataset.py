@@ -5,7 +5,7 @@ import io
 import json
 import os
 import pathlib
-import zipfile
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,18 +13,17 @@ from PIL import Image, UnidentifiedImageError
 
 from geometry.meshes import NUM_LANDMARKS, MeshFileError, parse_landmarks, parse_obj_vertices
 from geometry.mirror import mirror_label, mirror_mesh
-from training.files import FileSet
+from training.files import DatasetError, FileSet
 
 LABEL_FILE, EXPRESSION_FILE = 'dataset.json', 'dataset_exp.json'
 LABEL_LENGTH, EXPRESSION_LENGTH = 25, 50
+# What Pillow raises for files that it cannot read; SyntaxError: a broken PNG.
+PICTURE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp')
 PACKED_FORMAT, PACKED_VERSION = 'next3d-packed', 1
 MANIFEST_FILE, PACKED_IMAGES = 'manifest.json', 'images.zip'
+MANIFEST_KEYS = {'names', 'resolution', 'shapes', 'sha256'}
 PACKED_ARRAYS = {'vertices': 'vertices.npy', 'landmarks': 'landmarks.npy', 'labels': 'labels.npy'}
-
-
-class DatasetError(ValueError):
-    """A data set that cannot be trained on; the message names the file, what was expected and what was found."""
 
 
 class Item(NamedTuple):
@@ -59,8 +58,17 @@ def landmarks_path(meshes: str | os.PathLike) -> pathlib.Path:
     return path.with_name(path.name.replace('meshes', 'lms'))
 
 
-def read_labels(files: FileSet, name: str, length: int) -> dict[str, np.ndarray]:
-    """Read {'labels': [[picture name, numbers], ...]} -> name: float32 [length]; DatasetError names the bad entry."""
+def raise_fault(where: str, message: str):
+    """Raise DatasetError: what opening a data set does with its first fault unless told otherwise."""
+    raise DatasetError(f'{where}: {message}')
+
+
+def read_labels(files: FileSet, name: str, length: int, on_fault: Callable = raise_fault) -> dict:
+    """Read {'labels': [[picture name, numbers], ...]} -> name: float32 [length].
+
+    on_fault: called with (where, message) for each bad entry, which the result then has as None, and for each picture
+    that has a second label. Raises DatasetError where the file is missing or of another form.
+    """
     where = f'{files.path}/{name}'
     try:
         entries = json.loads(files.read(name))['labels']
@@ -71,36 +79,58 @@ def read_labels(files: FileSet, name: str, length: int) -> dict[str, np.ndarray]
         raise DatasetError(f"{where}: expected {{'labels': [[name, numbers], ...]}} ({error})") from None
     labels = {}
     for picture, numbers in pairs:
-        count = len(numbers) if isinstance(numbers, list) else 0
-        if count != length:
-            raise DatasetError(f'{where}: {picture}: expected a label of {length} numbers, found {count}')
-        labels[picture.replace('\\', '/')] = np.asarray(numbers, dtype=np.float32)
+        picture = str(picture).replace('\\', '/')
+        if picture in labels:
+            on_fault(f'{where}: {picture}', 'expected one label of a picture, found a second one')
+        else:
+            labels[picture] = _parse_label(f'{where}: {picture}', numbers, length, on_fault)
     return labels
+
+
+def _parse_label(where, numbers, length, on_fault):
+    """Return float32 [length], or None where on_fault was called."""
+    count = len(numbers) if isinstance(numbers, list) else 0
+    if count != length:
+        on_fault(where, f'expected a label of {length} numbers, found {count}')
+        return None
+    try:
+        with np.errstate(over='ignore'):  # Numbers beyond float32 become infinite, which data_checks.py tells.
+            return np.asarray(numbers, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        on_fault(where, f'expected a label of {length} numbers, found something else ({error})')
+        return None
 
 
 class FolderSource:
     """The published layout: pictures with dataset.json, .obj meshes and .txt landmarks of the same names.
 
-    with_expressions: append the 50 numbers of dataset_exp.json to the labels.
+    with_expressions: append the 50 numbers of dataset_exp.json to the labels. on_fault: called with (where, message)
+    for each label, mesh or landmark file that is missing or bad, whose picture is then left out; otherwise the first
+    one raises DatasetError. num_pictures: with those left out. unused_labels: how many are of no picture.
     """
 
-    def __init__(self, data: str | os.PathLike, rdata: str | os.PathLike, with_expressions: bool = False):
+    def __init__(
+        self,
+        data: str | os.PathLike,
+        rdata: str | os.PathLike,
+        with_expressions: bool = False,
+        on_fault: Callable = raise_fault,
+    ):
         self.images, self.meshes = FileSet(data), FileSet(rdata)
         self.landmarks = FileSet(landmarks_path(rdata))
-        self.names = [name for name in self.images.names() if name.lower().endswith(PICTURE_ENDINGS)]
-        if not self.names:
+        pictures = [name for name in self.images.names() if name.lower().endswith(PICTURE_ENDINGS)]
+        if not pictures:
             raise DatasetError(f'{data}: expected pictures, found none')
-        labels = self._labels(LABEL_FILE, LABEL_LENGTH)
-        if with_expressions:
-            labels = np.concatenate([labels, self._labels(EXPRESSION_FILE, EXPRESSION_LENGTH)], axis=1)
-        self.labels = labels
-        self._check_names(self.meshes, '.obj', 'mesh')
-        self._check_names(self.landmarks, '.txt', 'landmark file')
-
-    @staticmethod
-    def has_expressions(data: str | os.PathLike) -> bool:
-        """Tell whether a data set has expression labels."""
-        return EXPRESSION_FILE in FileSet(data).names()
+        lengths = {LABEL_FILE: LABEL_LENGTH} | ({EXPRESSION_FILE: EXPRESSION_LENGTH} if with_expressions else {})
+        tables = {file: read_labels(self.images, file, length, on_fault) for file, length in lengths.items()}
+        complete = self._with_labels(pictures, tables, on_fault)
+        complete &= self._with_file(pictures, self.meshes, '.obj', 'mesh', on_fault)
+        complete &= self._with_file(pictures, self.landmarks, '.txt', 'landmark file', on_fault)
+        self.names = [name for name in pictures if name in complete]
+        rows = [np.concatenate([table[name] for table in tables.values()]) for name in self.names]
+        self.labels = np.array(rows, dtype=np.float32).reshape(len(rows), sum(lengths.values()))
+        self.num_pictures = len(pictures)
+        self.unused_labels = len(tables[LABEL_FILE].keys() - set(pictures))
 
     def image(self, index):
         name = self.names[index]
@@ -115,23 +145,33 @@ class FolderSource:
             raise DatasetError(str(error)) from error
         return np.concatenate([vertices, landmarks])
 
-    def _labels(self, file, length):
-        by_name = read_labels(self.images, file, length)
-        missing = next((name for name in self.names if name not in by_name), None)
-        if missing is not None:
-            raise DatasetError(f'{self.images.path}/{file}: expected a label of {missing}, found none')
-        return np.stack([by_name[name] for name in self.names])
+    def _with_labels(self, pictures, tables, on_fault):
+        """Return the set of the pictures that have all their labels."""
+        complete = set(pictures)
+        for file, by_name in tables.items():
+            for name in pictures:
+                if name not in by_name:
+                    on_fault(f'{self.images.path}/{file}', f'expected a label of {name}, found none')
+            complete -= {name for name in pictures if by_name.get(name) is None}
+        return complete
 
-    def _check_names(self, files, ending, kind):
-        present = set(files.names())
-        for name in self.names:
+    @staticmethod
+    def _with_file(pictures, files, ending, kind, on_fault):
+        """Return the set of the pictures that have a file of their name with another ending."""
+        present, complete = set(files.names()), set(pictures)
+        for name in pictures:
             wanted = os.path.splitext(name)[0] + ending
             if wanted not in present:
-                raise DatasetError(f'{files.path}/{wanted}: expected a {kind} of {name}, found no such file')
+                on_fault(f'{files.path}/{wanted}', f'expected a {kind} of {name}, found no such file')
+                complete.remove(name)
+        return complete
 
 
 class PackedSource:
-    """A folder written by dataset_preprocessing/pack.py: pictures in one archive, the rest in memory-mapped arrays."""
+    """A folder written by dataset_preprocessing/pack.py: pictures in one archive, the rest in memory-mapped arrays.
+
+    Processes that it is sent to map the arrays anew.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path).expanduser()
@@ -141,6 +181,11 @@ class PackedSource:
         arrays = {name: self._map(name, file) for name, file in PACKED_ARRAYS.items()}
         self.labels, self._vertices, self._landmarks = arrays['labels'], arrays['vertices'], arrays['landmarks']
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return 'vertices' [N, V, 3], 'landmarks' [N, 68, 3] and 'labels' [N, 25 or 75], float32, from the disk."""
+        return {'vertices': self._vertices, 'landmarks': self._landmarks, 'labels': self.labels}
+
     def image(self, index):
         name = self.names[index]
         return decode_image(self.images.read(name), f'{self.images.path}/{name}')
@@ -148,8 +193,14 @@ class PackedSource:
     def mesh(self, index):
         return np.concatenate([self._vertices[index], self._landmarks[index]])
 
+    def __getstate__(self):
+        return self.path  # Pickling a mapped array would copy it.
+
+    def __setstate__(self, path):
+        self.__init__(path)
+
     def _map(self, name, file):
-        expected = self.manifest['shapes'][name]
+        expected = [len(self.names), *self.manifest['shapes'][name][1:]]
         try:
             array = np.load(self.path / file, mmap_mode='r', allow_pickle=False)
         except ValueError as error:
@@ -173,6 +224,9 @@ def read_manifest(path: pathlib.Path) -> dict:
         raise DatasetError(f'{file}: expected the manifest of a packed data set')
     if manifest.get('version') != PACKED_VERSION:
         raise DatasetError(f'{file}: expected version {PACKED_VERSION}, found {manifest.get("version")}')
+    missing = MANIFEST_KEYS - manifest.keys()
+    if missing:
+        raise DatasetError(f'{file}: expected the entries {", ".join(sorted(missing))}, found none')
     return manifest
 
 
@@ -181,7 +235,7 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             pixels = np.asarray(picture.convert('RGB'))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+    except PICTURE_ERRORS as error:
         raise DatasetError(f'{where}: expected a picture, {error}') from None
     if pixels.shape[0] != pixels.shape[1]:
         raise DatasetError(f'{where}: expected a square picture, found {pixels.shape[1]}x{pixels.shape[0]}')
@@ -192,11 +246,15 @@ class HeadDataset:
     """Items of a source, and their mirror images after them when `partner` is given.
 
     num_vertices, resolution: what every item must have (None: what the first one has). partner: the template's
-    `geometry.mirror.vertex_mirror`. Indexing raises DatasetError naming the file of an item that does not fit.
+    `geometry.mirror.vertex_mirror`. label_length: numbers of a label to use (None: all). Indexing raises DatasetError
+    naming the file of an item that does not fit.
     """
 
-    def __init__(self, source: Source, num_vertices=None, resolution=None, partner: np.ndarray | None = None):
+    def __init__(
+        self, source: Source, num_vertices=None, resolution=None, partner: np.ndarray | None = None, label_length=None
+    ):
         self.source, self.partner = source, partner
+        self.label_length = label_length or source.labels.shape[1]
         first = source.mesh(0), source.image(0)
         self.num_vertices = num_vertices or len(first[0]) - NUM_LANDMARKS
         self.resolution = resolution or first[1].shape[-1]
@@ -204,11 +262,6 @@ class HeadDataset:
             raise DatasetError('mirroring: expression labels of mirrored faces are not known; use labels of 25 numbers')
         if partner is not None and len(partner) != self.num_vertices:
             raise DatasetError(f'mirroring: expected a template of {self.num_vertices} vertices, found {len(partner)}')
-
-    @property
-    def label_length(self) -> int:
-        """25, or 75 with expressions."""
-        return self.source.labels.shape[1]
 
     def __len__(self):
         return len(self.source.names) * (1 if self.partner is None else 2)
@@ -224,7 +277,7 @@ class HeadDataset:
     def camera_and_mesh(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return label and mesh of an item without reading its picture: all that a generated picture needs."""
         raw, is_mirrored = self._locate(index)
-        label, mesh = np.array(self.source.labels[raw]), self.source.mesh(raw)
+        label, mesh = np.array(self.source.labels[raw, : self.label_length]), self.source.mesh(raw)
         if len(mesh) != self.num_vertices + NUM_LANDMARKS:
             found = len(mesh) - NUM_LANDMARKS
             name = self.source.names[raw]
@@ -245,6 +298,13 @@ def open_source(data: str | os.PathLike, rdata: str | os.PathLike | None, with_e
     if rdata is None:
         raise DatasetError(f'{data}: expected a packed data set, or meshes beside the pictures (--rdata)')
     return FolderSource(data, rdata, with_expressions)
+
+
+def has_expressions(data: str | os.PathLike) -> bool:
+    """Tell whether a data set, packed or not, has expression labels."""
+    if is_packed(data):
+        return PackedSource(data).labels.shape[1] > LABEL_LENGTH
+    return EXPRESSION_FILE in FileSet(data).names()
 
 
 def is_packed(path: str | os.PathLike) -> bool:

@@ -77,7 +77,10 @@ class DiscriminatorEpilogue(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Scores {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} with a label [N, c_dim (+ c2_dim)] -> logits [N, 1]."""
+    """Scores {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} with a label [N, c_dim (+ c2_dim)] -> logits [N, 1].
+
+    With `render_channels`, 'render' [N, 3, s, s] shows the mesh of each picture under the label.
+    """
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
@@ -86,7 +89,7 @@ class Discriminator(nn.Module):
         sizes = [2**i for i in range(config.img_resolution.bit_length() - 1, 2, -1)]
         channels = {r: min(config.channel_base // r, config.channel_max) for r in sizes + [4]}
         fp16_from = fp16_from_resolution(config.img_resolution, config.num_fp16_res)
-        in_channels = config.img_channels * (1 if config.kind == 'single' else 2)
+        in_channels = config.img_channels * (1 if config.kind == 'single' else 2) + config.render_channels
         if config.kind != 'single':
             self.register_buffer('resample_filter', setup_filter(BINOMIAL_FILTER))
         for r in sizes:
@@ -131,11 +134,18 @@ class Discriminator(nn.Module):
         expected = [self.config.img_channels, self.config.img_resolution, self.config.img_resolution]
         if list(image.shape[1:]) != expected:
             raise ValueError(f'image: expected [N, {", ".join(map(str, expected))}], got {list(image.shape)}')
-        if self.config.kind == 'single':
-            return image
-        raw = img['image_raw']
-        check_shape('image_raw', raw, [len(image), self.config.img_channels, None, None])
-        return torch.cat([image, resize_antialiased(raw, image.shape[-1])], dim=1)
+        parts = [image]
+        if self.config.kind != 'single':
+            parts.append(self._resized(img, 'image_raw', self.config.img_channels))
+        if self.config.render_channels:
+            parts.append(self._resized(img, 'render', self.config.render_channels))
+        return torch.cat(parts, dim=1)
+
+    def _resized(self, img, name, channels):
+        if name not in img:
+            raise ValueError(f'{name}: expected pictures beside image, got none')
+        check_shape(name, img[name], [len(img['image']), channels, None, None])
+        return resize_antialiased(img[name], self.config.img_resolution)
 
     def _embed(self, c):
         if self.config.c2_dim == 0:

@@ -65,17 +65,20 @@ class GeneratorInput(NamedTuple):
 
 
 class RealInput(NamedTuple):
-    """Real pictures [N, 3, R, R] in [-1, 1] with their labels [N, c_dim]."""
+    """Real pictures [N, 3, R, R] in [-1, 1] with their labels [N, c_dim] and, for renderings, meshes [N, V + 68, 3]."""
 
     image: torch.Tensor
     c: torch.Tensor
+    v: torch.Tensor | None = None
 
 
 class Next3DLoss:
     """Computes losses and accumulates gradients with backward(); every phase takes one micro-batch.
 
-    batch: images of a whole iteration, which sets the pace of the blur. augment: pictures [N, 6, R, R] -> the same
-    shape, or None. report: called with a name and the values of a statistic.
+    batch: images of a whole iteration, which sets the pace of the blur. augment: image, raw image and, with a renderer,
+    rendering as [N, 6 or 9, R, R] -> the same shape, or None. report: called with a name and the values of a statistic.
+    renderer: meshes [N, V + 68, 3] and labels -> pictures [N, 3, r, r], for a discriminator with `render_channels`.
+    track_w: called with Dmain's w [N, w_dim]; None: the generator's own `track`.
     """
 
     def __init__(
@@ -86,9 +89,14 @@ class Next3DLoss:
         batch: int,
         augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
         report: Report = lambda name, values: None,
+        renderer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        track_w: Callable[[torch.Tensor], None] | None = None,
     ):
+        if (renderer is None) == (discriminator.config.render_channels > 0):
+            raise ValueError('renderer: expected one for a discriminator with render_channels, and for no other')
         self.generator, self.discriminator, self.config = generator, discriminator, config
-        self.batch, self.augment, self.report = batch, augment, report
+        self.batch, self.augment, self.report, self.renderer = batch, augment, report, renderer
+        self.track_w = generator.backbone.mapping.track if track_w is None else track_w
 
     def generator_main(self, fake: GeneratorInput, gain: float, nimg: int) -> None:
         """Gmain: maximise the logits of generated pictures."""
@@ -114,27 +122,30 @@ class Next3DLoss:
         planes.planes.backward(leaf.planes.grad)
 
     def discriminator_main(self, fake: GeneratorInput, real: RealInput, gain: float, nimg: int) -> None:
-        """Dmain: minimise the logits of generated, maximise those of real pictures; moves w_avg."""
+        """Dmain: minimise the logits of generated, maximise those of real pictures; hands w to `track_w`."""
         with torch.no_grad():
             images = self._generate(fake, nimg, track_w=True)
         logits = self._score(images, fake.c, nimg)
         self._report_scores('fake', logits)
         loss_fake = softplus(logits)
         (loss_fake.mean() * gain).backward()
-        logits = self._score(self._real_images(real.image, nimg), real.c, nimg)
+        logits = self._score(self._real_images(real, nimg), real.c, nimg)
         self._report_scores('real', logits)
         loss_real = softplus(-logits)
         self.report('Loss/D/loss', loss_fake.detach() + loss_real)
         (loss_real.mean() * gain).backward()
 
     def discriminator_regularisation(self, real: RealInput, gain: float, nimg: int) -> None:
-        """Dreg: R1, squared gradients of the logits with respect to what the discriminator finally sees."""
-        images = self._prepare(self._real_images(real.image, nimg), nimg)
-        images = {name: image.detach().requires_grad_(True) for name, image in images.items()}
+        """Dreg: R1, squared gradients of the logits with respect to the pictures that D finally sees.
+
+        The rendering takes no part: it is a condition like the label.
+        """
+        images = self._prepare(self._real_images(real, nimg), nimg)
+        images = {name: image.detach().requires_grad_(name != 'render') for name, image in images.items()}
         logits = self.discriminator(images, real.c)
         self._report_scores('real', logits)
-        seen = [images['image']] if self.discriminator.config.kind == 'single' else list(images.values())
-        gradients = torch.autograd.grad(logits.sum(), seen, create_graph=True)
+        seen = ['image'] if self.discriminator.config.kind == 'single' else ['image', 'image_raw']
+        gradients = torch.autograd.grad(logits.sum(), [images[name] for name in seen], create_graph=True)
         penalty = sum(g.square().sum(dim=[1, 2, 3]) for g in gradients)
         self.report('Loss/r1_penalty', penalty)
         loss = penalty * (self.config.r1_gamma / 2)
@@ -142,11 +153,11 @@ class Next3DLoss:
         (loss.mean() * gain).backward()
 
     def _generate(self, fake, nimg, track_w=False):
-        """Return image and image_raw of a micro-batch, conditioned on swapped labels."""
+        """Return image, image_raw and rendering of a micro-batch, conditioned on swapped labels."""
         conditioning = self._swapped_label(fake.c, nimg, per_sample=True)
         ws = self.generator.mapping(fake.z, conditioning)
         if track_w:
-            self.generator.backbone.mapping.track(ws[:, 0])
+            self.track_w(ws[:, 0])
         ws = self._mix_styles(ws, conditioning)
         c = self.config
         resolution = schedules.rendering_resolution(
@@ -155,7 +166,7 @@ class Next3DLoss:
         out = self.generator.synthesis(
             ws, fake.c, fake.v, noise_mode='random', neural_rendering_resolution=resolution, depth_jitter='random'
         )
-        return {name: out[name] for name in ('image', 'image_raw')}
+        return {name: out[name] for name in ('image', 'image_raw')} | self._rendering(fake.v, fake.c)
 
     def _swapped_label(self, c, nimg, per_sample):
         """Return the label that the mapping sees: sample n's, or that of sample n - 1."""
@@ -180,18 +191,30 @@ class Next3DLoss:
 
     def _prepare(self, images, nimg):
         """Blur and augment as the schedules say: what the discriminator finally sees."""
-        image, raw = self._blur(images['image'], nimg), images['image_raw']
-        if self.augment is not None:
-            pair = self.augment(torch.cat([image, resize_antialiased(raw, image.shape[-1])], dim=1))
-            image, raw = pair[:, :3], resize_antialiased(pair[:, 3:], raw.shape[-1])
-        return {'image': image, 'image_raw': raw}
+        images = images | {'image': self._blur(images['image'], nimg)}
+        if self.augment is None:
+            return images
+        image, *others = images.values()
+        size, raw_size = image.shape[-1], images['image_raw'].shape[-1]
+        joined = self.augment(torch.cat([image, *(resize_antialiased(x, size) for x in others)], dim=1))
+        seen = dict(zip(images, joined.split(3, dim=1), strict=True))
+        return seen | {'image_raw': resize_antialiased(seen['image_raw'], raw_size)}
 
-    def _real_images(self, image, nimg):
+    def _rendering(self, v, c):
+        """Return the rendering of meshes as an entry beside the pictures; no entry without a renderer."""
+        if self.renderer is None:
+            return {}
+        if v is None:
+            raise ValueError('real: expected the meshes v of the pictures for their rendering, got None')
+        return {'render': self.renderer(v, c)}
+
+    def _real_images(self, real, nimg):
         c = self.config
         resolution = schedules.rendering_resolution(
             nimg, c.rendering_resolution_initial, c.rendering_resolution_final, c.rendering_resolution_fade_kimg
         )
-        return {'image': image, 'image_raw': self._blur(resize_antialiased(image, resolution), nimg)}
+        raw = self._blur(resize_antialiased(real.image, resolution), nimg)
+        return {'image': real.image, 'image_raw': raw} | self._rendering(real.v, real.c)
 
     def _blur(self, image, nimg):
         sigma = schedules.blur_sigma(nimg, self.config.blur_init_sigma, self.config.blur_fade_kimg, self.batch)

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run from its first to its last iteration: data, networks, ticks, snapshots, stopping and going on."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import legacy
+from geometry.meshes import read_obj
+from geometry.mirror import vertex_mirror
+from torch_utils import custom_ops
+from torch_utils.distributed import Ranks, ToldElsewhereError
+from torch_utils.training_stats import Collector
+from training import checkpoint, evaluation
+from training.data_checks import check_before_training
+from training.dataset import DatasetError, HeadDataset, open_source
+from training.feed import IterationItems, iterations
+from training.pictures import SheetMaker, save_sheet
+from training.report import Clock, Reporter, status_line, warn
+from training.run_dir import RunError, locked, open_run
+from training.state import list_states, load_newest, save_state
+from training.train_config import TrainConfig
+from training.trainer import Trainer, new_networks
+from training.warm_start import describe, warm_start
+
+POSITION_MARGIN = 0.1  # Of the distance of cameras from the origin.
+CHECK_EVERY = 16  # Iterations between two looks at the device's count of bad iterations: a look waits for it.
+STATE_FORMAT, STATE_VERSION = 'next3d-training-state', 1
+PLUGINS = ('rasterize', 'fill_holes')
+
+
+class StopRequest:
+    """Becomes true at SIGTERM or SIGINT, or when the process that started this one is gone."""
+
+    def __init__(self):
+        self.reason = ''
+        self._parent = os.getppid()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator['StopRequest']:
+        """Take over the two signals in the block; only in the main thread."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __bool__(self):
+        if not self.reason and os.getppid() != self._parent:
+            self.reason = 'the end of the process that started it'
+        return bool(self.reason)
+
+    def _note(self, number, _frame):
+        self.reason = signal.Signals(number).name
+
+
+class ReadError(DatasetError):
+    """Data that could be read at the start could not be read later; told by the process that it happened to."""
+
+
+def compile_plugins() -> None:
+    """Compile what is not in the cache of compiled operations."""
+    for name in PLUGINS:
+        custom_ops.plugin_problem(name)
+
+
+def train(config: TrainConfig, ranks: Ranks, fresh: bool = False) -> str:
+    """Train as configured, in all processes of a run together; go on where an earlier run of it was cut off.
+
+    fresh: begin anew. Returns '' at the end of the run, or what stopped it before. Raises DatasetError, RunError,
+    legacy.NetworkFileError, geometry.meshes.MeshFileError or OSError for what users can mend, ToldElsewhereError where
+    another process does so, RankLostError where one is gone.
+    """
+    _set_up_backends(config)
+    ranks.first_alone(compile_plugins)
+    data, data_digest = _open_data(config, ranks)
+    folder = pathlib.Path(ranks.first_alone(lambda: str(open_run(config, data_digest, fresh))))
+    with contextlib.ExitStack() as stack:
+        ranks.first_alone(lambda: stack.enter_context(locked(folder)))
+        stop = stack.enter_context(StopRequest().listening())
+        return Session(config, ranks, data, folder, stop).run()
+
+
+class Session:
+    """One process's part in a run, from its start or continuation to its end or interruption."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, data: HeadDataset, folder: pathlib.Path, stop: StopRequest):
+        self.config, self.ranks, self.data, self.folder, self.stop = config, ranks, data, folder, stop
+        self.stats = Collector()
+        self.reporter = self.sheets = None
+        self.clock, self.snapshot_nimg = Clock(), 0
+        self.trainer = Trainer(config, new_networks(config), ranks, self.stats)
+        origin = ranks.first_alone(self._starting_point)
+        self._restore(ranks.share(self._start))
+        self._start = None
+        self.tick_nimg, self.last_save = self.trainer.nimg, time.monotonic()
+        if ranks.is_first:
+            self.reporter = Reporter(folder, self.trainer.nimg)
+            self.sheets = SheetMaker(data, config.generator.z_dim, config.seed, config.batch_gpu, ranks.device)
+            self._introduce(origin)
+
+    def run(self) -> str:
+        """Train until the configured number of images, a signal, or a fault; the state is saved in each case."""
+        feed = self._feed()
+        while True:
+            data, fault = _next(feed)
+            if data is None and fault is None:
+                break  # In all processes: they take the same number of iterations.
+            reason = self._agree(fault)
+            if reason:
+                return reason
+            self.trainer.step(data)
+            if self.trainer.nimg >= self._next_tick_nimg():
+                self._end_tick()
+                if self._tick % self.config.snap == 0:
+                    self._snapshot()
+        if self.tick_nimg < self.trainer.nimg:
+            self._end_tick()
+        if self.snapshot_nimg < self.trainer.nimg:
+            self._snapshot(is_last=True)
+        self._say(f'Finished at kimg {self.trainer.nimg / 1000:.3f}: {self.folder}')
+        return ''
+
+    def _feed(self):
+        config, trainer = self.config, self.trainer
+        items = IterationItems(self.data, trainer.plan, config.seed, trainer.intervals, config.disc_render is not None)
+        workers = min(config.workers, os.cpu_count() or 1)
+        is_pinned = self.ranks.device.type == 'cuda'
+        return iterations(items, trainer.iteration, config.num_iterations, workers, is_pinned)
+
+    def _agree(self, fault):
+        """Let all processes agree, before an iteration, on saving and stopping; return why to stop, or ''."""
+        is_look = self.trainer.iteration % CHECK_EVERY == 0
+        bad = int(self.trainer.bad_iterations) if is_look else 0
+        minutes = (time.monotonic() - self.last_save) / 60
+        is_due = self.ranks.is_first and 0 < self.config.save_minutes <= minutes
+        stops, faults, bad, is_due = self.ranks.agree([bool(self.stop), fault is not None, bad, is_due])
+        if bad >= self.config.patience:
+            raise RunError(f'the loss was not finite in the last {int(bad)} iterations; {self._what_is_kept()}')
+        if stops or faults or is_due:
+            self._save_state(must_succeed=bool(stops or faults))
+        if fault is not None:
+            raise fault
+        if faults:
+            raise ToldElsewhereError('another process could not read its data')
+        if stops:
+            reason = self.stop.reason or 'another process'
+            self._say(f'Stopped at kimg {self.trainer.nimg / 1000:.3f} by {reason}; the same command goes on from there')
+            return reason
+        return ''
+
+    @property
+    def _tick(self):
+        """How many ticks have ended by now."""
+        return int(self.trainer.nimg / (self.config.tick_kimg * 1000) + 1e-9)
+
+    def _next_tick_nimg(self):
+        """Return after how many images the tick ends that has begun."""
+        tick = self.config.tick_kimg * 1000
+        return (int(self.tick_nimg / tick + 1e-9) + 1) * tick
+
+    def _end_tick(self):
+        """Report on the tick: one reduction of all statistics."""
+        nimg = self.trainer.nimg
+        statistics = self.stats.collect(self._sum_statistics)
+        seconds = self.clock.end_tick()
+        if self.ranks.is_first:
+            line, numbers = status_line(
+                self._tick, nimg, self.config.kimg, nimg - self.tick_nimg, seconds, self.clock, self.ranks.device
+            )
+            if self.trainer.augment is not None:
+                line += f'  augment {self.trainer.augment.p:.3f}'
+            numbers['Progress/rendering_resolution'] = self.trainer.rendering_resolution
+            self.reporter.say(line)
+            self.reporter.statistics(statistics, nimg, numbers)
+        self.tick_nimg = nimg
+
+    def _sum_statistics(self, moments):
+        on_device = moments.to(self.ranks.device)
+        self.ranks.sum_(on_device, 'the reduction of statistics')
+        moments.copy_(on_device)
+
+    def _snapshot(self, is_last=False):
+        """Write the networks, pictures and the state, and evaluate the metrics."""
+        with self.clock.elsewhere():
+            self._check_weights()
+            nimg = self.snapshot_nimg = self.trainer.nimg
+            path = self.folder / f'network-snapshot-{nimg // 1000:06d}.pkl'
+            networks = self.trainer.snapshot()
+            if self.ranks.is_first:
+                self.reporter.attempt(path.name, lambda: checkpoint.save_snapshot(path, networks))
+                self._draw(f'fakes{nimg // 1000:06d}')
+            self._save_state(must_succeed=is_last)
+            for name in self.config.metrics:
+                given = evaluation.Evaluation(networks['G_ema'], self.data, self.ranks, nimg)
+                results = evaluation.evaluate(name, given)
+                if self.ranks.is_first:
+                    self.reporter.metric(name, results, nimg, path.name)
+
+    def _draw(self, name):
+        sheets = self.sheets.fakes(self.trainer.networks.G_ema, self.trainer.rendering_resolution)
+        for ending, sheet in sheets.items():
+            path = self.folder / f'{name}{ending}.png'
+            self.reporter.attempt(path.name, functools.partial(save_sheet, path, sheet))
+
+    def _check_weights(self):
+        try:
+            self.trainer.check_weights()
+        except RuntimeError as error:
+            raise RunError(f'{error}; {self._what_is_kept()}') from error
+
+    def _save_state(self, must_succeed):
+        """Write the state; a disk that refuses it ends the run only where the run ends anyway."""
+        with self.clock.elsewhere():
+            self._check_weights()
+            self.trainer.gather()
+            self.stats.gather(self._sum_statistics, self.ranks.is_first)
+            self.last_save = time.monotonic()
+            if not self.ranks.is_first:
+                return
+            try:
+                save_state(self.folder, self.trainer.nimg, self._state())
+            except OSError as error:
+                text = f'the state at kimg {self.trainer.nimg / 1000:.3f} could not be saved ({error.strerror or error})'
+                if must_succeed:
+                    raise RunError(f'{text}; {self._what_is_kept()}') from error
+                self.reporter.complain(f'{text}; training goes on, {self._what_is_kept()}')
+
+    def _what_is_kept(self):
+        states = list_states(self.folder)
+        return f'the last good state is kept: {states[0]}' if states else 'no state had been saved before'
+
+    def _state(self):
+        return {
+            'format': STATE_FORMAT,
+            'version': STATE_VERSION,
+            'options': self.config.digest(),
+            'elapsed_s': self.clock.elapsed_s,
+            'snapshot_nimg': self.snapshot_nimg,
+            'stats': self.stats.state_dict(),
+            'trainer': self.trainer.state_dict(),
+        }
+
+    def _starting_point(self):
+        """Find the state to start from, in the first process; return what to say of it."""
+        found = load_newest(self.folder, warn)
+        if found is not None:
+            path, self._start = found
+            if self._start.get('options') != self.config.digest() or self._start.get('version') != STATE_VERSION:
+                raise RunError(f'{path}: expected a state of this run, found one with other options; use --fresh')
+            return f'Going on from {path.name}'
+        text = 'Starting from random weights'
+        if self.config.resume is not None:
+            source = legacy.load_network_pkl(self.config.resume)
+            text = f'Starting from {self.config.resume}\n'
+            text += describe(warm_start(self.trainer.networks._asdict(), source))
+        self._start = self._state()
+        return text
+
+    def _restore(self, state):
+        self.trainer.load_state_dict(state['trainer'])
+        self.clock = Clock(state['elapsed_s'])
+        self.snapshot_nimg = state['snapshot_nimg']
+        if self.ranks.is_first:
+            self.stats.load_state_dict(state['stats'])
+
+    def _introduce(self, origin):
+        config, networks = self.config, self.trainer.networks
+        sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in networks]
+        self.reporter.say(f'Run {self.folder}')
+        self.reporter.say(
+            f'{config.preset}: G {sizes[0]:.1f} M, D {sizes[1]:.1f} M parameters; {len(self.data)} pictures of '
+            f'{self.data.resolution} pixels; batch {config.batch} in micro-batches of {config.batch_gpu} on '
+            f'{self.ranks.size} {config.device} process{"es" * (self.ranks.size > 1)}'
+        )
+        self.reporter.say(origin)
+        if self.trainer.nimg == 0:
+            path = self.folder / 'reals.png'
+            self.reporter.attempt(path.name, lambda: save_sheet(path, self.sheets.reals()))
+            self._draw('fakes_init')
+
+    def _say(self, text):
+        if self.ranks.is_first:
+            self.reporter.say(text)
+
+
+def _next(feed):
+    """Return (the next iteration's data, None), (None, None) at the end, or (None, the error that came instead)."""
+    try:
+        return next(feed), None
+    except StopIteration:
+        return None, None
+    except (DatasetError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed.
+        last_line = str(error).strip().splitlines()[-1]  # Workers put a traceback before it.
+        return None, ReadError(f'reading data failed: {last_line}')
+
+
+def _set_up_backends(config):
+    """Single precision means single precision; convolutions are tuned where asked for."""
+    torch.backends.cudnn.benchmark = config.benchmark
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _open_data(config, ranks):
+    """Check and open the data set; return it with a hash of its names and labels."""
+    template = read_obj(config.topology_path)
+    num_vertices = len(template.vertices)
+    source = open_source(config.data, config.rdata, config.with_expressions)
+    position = (config.generator.avg_camera_radius - POSITION_MARGIN, config.generator.avg_camera_radius + POSITION_MARGIN)
+    ranks.first_alone(lambda: check_before_training(source, num_vertices, config.resolution, os.cpu_count() or 1, position=position))
+    partner = vertex_mirror(template.vertices) if config.mirror else None
+    data = HeadDataset(source, num_vertices, config.resolution, partner, config.label_length)
+    labels = np.ascontiguousarray(source.labels).tobytes()
+    digest = hashlib.sha256(json.dumps(source.names).encode() + labels).hexdigest()
+    return data, digest
