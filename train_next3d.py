@@ -3,12 +3,17 @@
 
 import json
 import os
+import re
 import sys
+import traceback
 
 import click
+import torch
 
 import cli
+from geometry.meshes import MeshFileError
 from torch_utils.distributed import (
+    LOST_STATUS,
     RankLostError,
     RanksFailedError,
     ToldElsewhereError,
@@ -24,14 +29,35 @@ from training.layers import NOISE_MODES
 from training.loss import DENSITY_REGIONS, REG_TYPES
 from training.mesh_render import RENDER_COLOURS
 from training.superresolution import VARIANTS
+from training.topology import load_topology
 from training.train_config import AUGMENT_MODES, CAMERA_SETUPS, DEFAULTS, PRESETS, TrainConfig, make_config, preset_of
 
 USER_STATUS = 3  # Exit status of a process that has told the user what to mend.
 SIGNAL_STATUS = {'SIGINT': 130, 'SIGTERM': 143}  # As shells report them.
-COUNT = click.IntRange(0, 2**31 - 1)
-POSITIVE = cli.FiniteFloat(minimum=0, maximum=1e9)
-NOT_NEGATIVE = cli.FiniteFloat(minimum=-1e-12, maximum=1e9)
-PROBABILITY = click.FloatRange(0, 1)
+
+
+class Number(cli.FiniteFloat):
+    """A number within limits, which the message tells in words; NaN, which click's ranges take, is refused."""
+
+    def __init__(self, is_within, expected):
+        super().__init__()
+        self.is_within, self.expected = is_within, expected
+
+    def convert(self, value, param, ctx):
+        """Return the float or fail with what was expected."""
+        try:
+            number = super().convert(value, param, ctx)
+        except click.BadParameter:
+            number = None
+        if number is None or not self.is_within(number):
+            self.fail(f'expected a number {self.expected}, got {value!r}.', param, ctx)
+        return number
+
+
+COUNT = click.IntRange(0, 64)
+POSITIVE = Number(lambda x: 0 < x <= 1e9, 'above 0, up to 1e9')
+NOT_NEGATIVE = Number(lambda x: 0 <= x <= 1e9, 'from 0 to 1e9')
+PROBABILITY = Number(lambda x: 0 <= x <= 1, 'from 0 to 1')
 
 
 class Choice(click.ParamType):
@@ -73,11 +99,12 @@ def setting(name, text, kind, metavar=None):
     common = DEFAULTS[name]
     if len(set(map(str, values.values()))) == 1:
         default = next(iter(values.values()))
-        told = 'none' if default is None else default
+        told = 'none' if default in (None, '') else default
     else:
         usual = [] if common is None else [f'{common}']
         told = ', '.join(usual + [f'{preset}: {value}' for preset, value in values.items() if value != common])
-    return cli.option(name, type=kind, metavar=metavar, default=None, help=f'{text}  [default: {told}]')
+    ending = '' if told == 'none' and 'by default' in text else f'  [default: {told}]'
+    return cli.option(name, type=kind, metavar=metavar, default=None, help=f'{text}{ending}')
 
 
 def switch(name, text):
@@ -98,12 +125,19 @@ def refused(name, reason):
 
 def check_metrics(_ctx, _param, value):
     """Split the list of metrics and refuse names that nothing registered."""
-    names = [] if value in (None, '', 'none') else value.split(',')
+    names = [] if (value or 'none').lower() == 'none' else value.split(',')
     unknown = [name for name in names if name not in evaluation.names()]
     if unknown:
         known = ', '.join(evaluation.names()) or 'none so far'
         raise click.UsageError(f'--metrics: {", ".join(unknown)}: expected registered metrics ({known}).')
     return tuple(names)
+
+
+def check_desc(_ctx, _param, value):
+    """Refuse words that cannot be part of the name of a folder."""
+    if value and not re.fullmatch(r'[^/\\\x00-\x1f]{1,120}', value):
+        raise click.UsageError(f'--desc: expected up to 120 characters of a folder name, got {value!r}.')
+    return value
 
 
 def check_cond(_ctx, _param, value):
@@ -119,82 +153,105 @@ OPTIONS = [
     cli.option('outdir', metavar='DIR', type=cli.PathText(), required=True, help='Where run directories are made.'),
     cli.option(
         'cfg', type=Choice([*CAMERA_SETUPS, *PRESETS]), required=True,
-        help='Preset; ffhq, afhq, shapenet: cameras of that data set, and the preset of the size of the pictures.',
+        help='Preset. ffhq, afhq, shapenet: cameras of that data set, networks for the size of the pictures.',
     ),
     cli.option('data', metavar='DIR|ZIP', type=cli.PathText(), required=True,
                help='Pictures with dataset.json, or a folder written by pack.py.'),
     cli.option('rdata', metavar='DIR|ZIP', type=cli.PathText(), default=None,
                help='Meshes; landmarks beside them. Not for a packed folder.'),
     setting('topology_path', 'UV-mapped template mesh; uv_face_mask.png beside it is used.', cli.PathText(), 'OBJ'),
-    setting('gpus', 'Processes, one per GPU; under torchrun all of them.', click.IntRange(1, 4096), 'N'),
+    setting('gpus', 'Number of GPUs; on the CPU, of processes. Under torchrun: all processes, and may be left out.',
+            click.IntRange(1, 4096), 'N'),
     setting('batch', 'Images per iteration over all GPUs.', click.IntRange(1, 65536), 'N'),
-    setting('batch_gpu', 'Images at a time on one GPU; gradients add up.', click.IntRange(1, 65536), 'N'),
-    setting('gamma', 'Weight of the R1 penalty.', NOT_NEGATIVE, 'FLOAT'),
+    setting(
+        'batch_gpu',
+        'Images at a time on one GPU, whose gradients add up; by default up to 8 that divide its share.',
+        click.IntRange(1, 65536), 'N',
+    ),
+    setting('gamma', 'Weight of the R1 gradient penalty.', NOT_NEGATIVE, 'FLOAT'),
     # Start and end.
-    cli.option('resume', metavar='auto|PKL|URL', default='auto', show_default=True,
-               help='Weights to start a run from, of EG3D or Next3D. A run that holds a state goes on from that.'),
-    cli.flag('fresh', help='Begin anew, in a new directory, whatever there is.'),
+    cli.option('resume', metavar='auto|PKL|URL', type=cli.PathText(), default='auto', show_default=True,
+               help='EG3D or Next3D weights to start from; auto: random ones. Either way an interrupted run goes on.'),
+    cli.flag('fresh', help='Begin anew in a new directory even where an interrupted run could go on.'),
     setting('kimg', 'Thousands of images to train for.', POSITIVE, 'FLOAT'),
     setting('tick', 'Thousands of images between two reports.', POSITIVE, 'FLOAT'),
     setting('snap', 'Ticks between two snapshots.', click.IntRange(1, 10**6), 'N'),
-    setting('save_minutes', 'A state at least every so many minutes; 0: at snapshots alone.', NOT_NEGATIVE, 'FLOAT'),
-    setting('desc', 'Words in the name of the run directory.', click.STRING, 'TEXT'),
+    setting('save_minutes', 'Save the complete state at least every so many minutes; 0: at snapshots alone.',
+            NOT_NEGATIVE, 'FLOAT'),
+    cli.option('desc', metavar='TEXT', default=None, callback=check_desc,
+               help='Ending of the name of the run directory.  [default: none]'),
     cli.option('metrics', metavar='LIST', default=None, callback=check_metrics,
                help='Registered metrics to evaluate at snapshots.  [default: none]'),
-    cli.option('dry_run', '-n', is_flag=True, help='Print the resolved options and stop.'),
+    cli.option('dry_run', '-n', is_flag=True, help='Print the resolved configuration as JSON and stop.'),
     # Data and conditioning.
     cli.option('cond', type=bool, default=True, expose_value=False, callback=check_cond, metavar='BOOL',
                help='Train with labels; there is no other way.'),
-    switch('mirror', 'Add mirror images, cameras and meshes.'),
+    switch('mirror', 'Also train on mirror images, with cameras and meshes mirrored.'),
     switch('gen_pose_cond', 'Condition the generator on the camera.'),
     switch('gen_exp_cond', 'Append the expressions of dataset_exp.json to labels.'),
     cli.option('load_lms', type=bool, default=True, expose_value=False, metavar='BOOL',
                help='Accepted; landmarks are always read.'),
     setting('c_scale', "Factor on the generator's label.", NOT_NEGATIVE, 'FLOAT'),
-    setting('gpc_reg_prob', 'How often the conditioning camera is swapped.', PROBABILITY, 'FLOAT'),
-    setting('gpc_reg_fade_kimg', 'Length of its fade from 1.', NOT_NEGATIVE, 'FLOAT'),
-    setting('disc_c_noise', "Noise on the discriminator's label, in its deviations.", NOT_NEGATIVE, 'FLOAT'),
-    setting('disc_render', 'Show the discriminator the mesh, coloured by normals (True) or UV.',
+    setting('gpc_reg_prob', 'How often the camera it is conditioned on is another than is rendered (--gen-pose-cond).',
+            PROBABILITY, 'FLOAT'),
+    setting('gpc_reg_fade_kimg', 'Thousands of images over which that falls from 1; at once with --resume.',
+            NOT_NEGATIVE, 'FLOAT'),
+    setting('disc_c_noise', "Noise on the discriminator's label, in standard deviations of the label.",
+            NOT_NEGATIVE, 'FLOAT'),
+    setting('disc_render', 'Show the discriminator a rendering of the mesh, coloured by normals (True) or UVs.',
             Switch(RENDER_COLOURS), 'BOOL|normal|uv'),
     # Augmentation.
-    setting('aug', 'Augmentation.', Choice(AUGMENT_MODES)),
-    setting('p', 'Its probability (--aug=fixed).', PROBABILITY, 'FLOAT'),
-    setting('target', 'Its target (--aug=ada).', PROBABILITY, 'FLOAT'),
-    setting('freezed', 'First layers of the discriminator that stay as they are.', click.IntRange(0, 64), 'N'),
+    setting('aug', 'Augmentation of what the discriminator sees; ada: adaptive.', Choice(AUGMENT_MODES)),
+    setting('p', 'Probability of augmentation (--aug=fixed).', PROBABILITY, 'FLOAT'),
+    setting('target', "Target of the adaptation: mean sign of the discriminator's scores of real images (--aug=ada).",
+            PROBABILITY, 'FLOAT'),
+    setting('freezed', 'How many of the first layers of the discriminator are not trained.',
+            click.IntRange(0, 64), 'N'),
     # Networks and optimisation.
-    setting('cbase', 'Channels of a block at resolution r: at most cbase/r ...', click.IntRange(64, 2**20), 'N'),
-    setting('cmax', '... and cmax.', click.IntRange(1, 4096), 'N'),
+    setting('cbase', 'Channels of a block at resolution r: cbase/r ...', click.IntRange(64, 2**20), 'N'),
+    setting('cmax', '... and at most cmax. In demo and toy these two do not change the discriminator.',
+            click.IntRange(1, 4096), 'N'),
     setting('map_depth', 'Layers of the mapping network.', click.IntRange(1, 32), 'N'),
-    setting('mbstd_group', 'Images whose deviation the discriminator sees.', click.IntRange(1, 4096), 'N'),
+    setting('mbstd_group', 'Images in a group whose standard deviation the discriminator sees.',
+            click.IntRange(1, 4096), 'N'),
     setting('glr', 'Learning rate of the generator.', POSITIVE, 'FLOAT'),
     setting('dlr', 'Learning rate of the discriminator.', POSITIVE, 'FLOAT'),
     setting('decoder_lr_mul', "Factor on the decoder's learning rate.", POSITIVE, 'FLOAT'),
-    setting('style_mixing_prob', 'How often two latents are mixed.', PROBABILITY, 'FLOAT'),
+    setting('style_mixing_prob', 'How often the styles of two latents are mixed.', PROBABILITY, 'FLOAT'),
     setting('sr_module', 'Super-resolution; by default that of the size of the pictures.', Choice(VARIANTS), 'NAME'),
     setting('sr_noise_mode', 'Noise of super-resolution.', Choice(sorted(NOISE_MODES))),
     setting('g_num_fp16_res', "Resolutions in half precision: the backbones' ...", COUNT, 'N'),
     setting('sr_num_fp16_res', "... super-resolution's (any or none) ...", COUNT, 'N'),
     setting('d_num_fp16_res', "... the discriminator's.", COUNT, 'N'),
-    setting('plane_layout', 'How views become planes.', Choice(PLANE_LAYOUTS)),
+    setting('plane_layout', 'How views of the mesh become planes: as published, or aligned with the volume.',
+            Choice(PLANE_LAYOUTS)),
     setting('blend_planes', 'Planes that the mesh paints.', Choice(BLEND_PLANES)),
     cli.option('model_version', type=Choice(['next3d']), default='next3d', expose_value=False, show_default=True,
                help='Accepted.'),
-    setting('discriminator_version', 'Sees the picture, the raw one too, or splits the label.',
+    setting('discriminator_version',
+            'single: sees the picture; dual: the raw one too; dual_label: and splits the label.',
             Choice(['single', 'dual', 'dual_label'])),
     # Schedules and regularisation.
-    setting('neural_rendering_resolution_initial', 'Side of raw pictures.', click.IntRange(4, 512), 'N'),
-    setting('neural_rendering_resolution_final', 'The same at the end of a fade.', click.IntRange(4, 512), 'N'),
-    setting('neural_rendering_resolution_fade_kimg', 'Length of the fade.', NOT_NEGATIVE, 'FLOAT'),
-    setting('blur_fade_kimg', "Length of the fade of the discriminator's blur.", NOT_NEGATIVE, 'FLOAT'),
-    switch('resume_blur', 'Blur although weights are given to start from.'),
+    setting('neural_rendering_resolution_initial', 'Side in pixels of the raw pictures that are rendered.',
+            click.IntRange(4, 512), 'N'),
+    setting('neural_rendering_resolution_final', 'The same at the end of a fade; by default it stays.',
+            click.IntRange(4, 512), 'N'),
+    setting('neural_rendering_resolution_fade_kimg', 'Thousands of images that this fade takes.',
+            NOT_NEGATIVE, 'FLOAT'),
+    setting(
+        'blur_fade_kimg',
+        'Thousands of images, at a batch of 32, over which the blur of what the discriminator sees fades.',
+        NOT_NEGATIVE, 'FLOAT',
+    ),
+    switch('resume_blur', 'Blur also with --resume, which otherwise leaves it off.'),
     setting('density_reg', 'Weight of the density regularisation.', NOT_NEGATIVE, 'FLOAT'),
-    setting('density_reg_every', 'Iterations between two of them; 0: none.', click.IntRange(0, 10**6), 'N'),
-    setting('density_reg_p_dist', 'Distance of the points compared.', POSITIVE, 'FLOAT'),
-    setting('density_region', 'Where they lie: the volume, or [-1, 1]³ as published.', Choice(DENSITY_REGIONS)),
+    setting('density_reg_every', 'Every so many iterations; 0: never.', click.IntRange(0, 10**6), 'N'),
+    setting('density_reg_p_dist', 'Distance of the points whose densities are compared.', POSITIVE, 'FLOAT'),
+    setting('density_region', 'Where they lie: in the volume, or in [-1, 1]³ as published.', Choice(DENSITY_REGIONS)),
     setting('reg_type', 'Kind of density regularisation.',
             Choice(REG_TYPES, dict.fromkeys(('l1-alt', 'total-variation', 'monotonic-detach'), NEVER_RAN))),
     # Machine.
-    setting('seed', 'Of everything random.', click.IntRange(0, 2**31 - 1), 'N'),
+    setting('seed', 'Seed of everything random.', click.IntRange(0, 2**31 - 1), 'N'),
     cli.option('device', type=Choice(['auto', 'cuda', 'cpu']), default='auto', show_default=True,
                help='auto: CUDA where there is one.'),
     setting('workers', 'Processes that load data, for each GPU.', click.IntRange(0, 256), 'N'),
@@ -229,6 +286,7 @@ def main(ctx, dry_run, fresh, **options):
     if dry_run:
         click.echo(json.dumps(config.to_dict(), indent=1))
         return
+    check_machine(config)
     if is_launched():
         run_rank(config.to_dict(), fresh)
     elif config.gpus == 1:
@@ -242,12 +300,17 @@ def resolve(options) -> TrainConfig:
     """Return the run that the options ask for; reads the data set's list and one picture."""
     given = {name: value for name, value in options.items() if value is not None}
     cfg, outdir, data = (given.pop(name) for name in ('cfg', 'outdir', 'data'))
-    if given['resume'] == 'auto':
-        del given['resume']
+    given['topology_path'] = os.path.expanduser(given.get('topology_path', DEFAULTS['topology_path']))
+    given['resume'] = None if given['resume'] == 'auto' else os.path.expanduser(given['resume'])
     if given['device'] == 'auto':
         given['device'] = cli.Device().convert('auto', None, None).type
+    for name, path in {'data': data, 'rdata': given.get('rdata')}.items():
+        if path is not None and not os.path.exists(os.path.expanduser(path)):
+            raise click.UsageError(f'--{name}: {path}: expected a folder or a zip archive, found nothing there.')
     if given.get('gen_exp_cond') and not has_expressions(data):
-        click.echo(f'Warning: {data} has no expression labels (dataset_exp.json): labels stay 25 long', err=True)
+        if os.environ.get('RANK', '0') == '0':
+            text = '--gen_exp_cond: no expression labels (dataset_exp.json) in'
+            click.echo(f'Warning: {text} {data}: labels stay 25 long', err=True)
         given['gen_exp_cond'] = False
     size = int(os.environ['WORLD_SIZE']) if is_launched() else given.get('gpus', 1)
     if given.setdefault('gpus', size) != size:
@@ -258,6 +321,20 @@ def resolve(options) -> TrainConfig:
         return make_config(preset, outdir, data, **given)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+
+
+def check_machine(config):
+    """Refuse a template or a number of GPUs that training would fail with once a run directory is there."""
+    try:
+        load_topology(config.topology_path, config.generator.texture_resolution)
+    except (OSError, MeshFileError) as error:
+        raise click.UsageError(f'--topology_path: {cli.describe(error)}') from error
+    if config.device == 'cuda':
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        wanted = int(os.environ['LOCAL_RANK']) + 1 if is_launched() else config.gpus
+        if found < wanted:
+            hint = '' if found else ' (--device=cpu trains without)'
+            raise click.UsageError(f'--gpus={config.gpus}: expected {wanted} GPUs here, found {found}{hint}.')
 
 
 def start(ctx, config, fresh):
@@ -272,7 +349,7 @@ def start(ctx, config, fresh):
 
 
 def run_rank(config, fresh):
-    """Train in one of several processes; ends the process with a status that `start` knows."""
+    """Train in one of several processes; where that fails, end it with a status that `start` knows."""
     config = TrainConfig.from_dict(config)
     status = 1
     try:
@@ -286,10 +363,14 @@ def run_rank(config, fresh):
         status = USER_STATUS
     except RankLostError as error:
         click.echo(f'Error: {error}', err=True)
-    # Not sys.exit: an orderly end would wait for processes that may be gone.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        status = LOST_STATUS
+    except Exception:  # A defect: shown here, since the launcher tells the exit status alone.
+        traceback.print_exc()
+    if status:
+        # Not sys.exit: an orderly end would wait for processes that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == '__main__':

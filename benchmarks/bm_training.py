@@ -122,7 +122,8 @@ def main():
         for side in arguments.rendering:
             config = make_config(
                 arguments.preset, '', '', batch=arguments.batch, gpus=ranks.size, gen_pose_cond=True, disc_c_noise=1.0,
-                neural_rendering_resolution_initial=side, resume='weights', topology_path=str(DEMO / 'head_template.obj'),
+                neural_rendering_resolution_initial=side, resume='weights',
+                topology_path=str(DEMO / 'head_template.obj'),
             )
             results[side] = measure(config, ranks, arguments.iterations)
             torch.cuda.empty_cache()

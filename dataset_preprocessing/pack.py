@@ -73,7 +73,8 @@ def _write_arrays(source, folder, workers):
     mode = 'r+' if done else 'w+'
     arrays = {name: _open_array(folder / file, mode, shapes[name]) for name, file in PACKED_ARRAYS.items()}
     arrays['labels'][:] = source.labels
-    with multiprocessing.get_context('spawn').Pool(workers, _set_source, [source]) as pool:
+    # Forked: they only read files, and spawned ones would each import torch anew.
+    with multiprocessing.get_context('fork').Pool(workers, _set_source, [source]) as pool:
         meshes = pool.imap(_read_mesh, range(done, count))
         for index, mesh in enumerate(tqdm(meshes, 'meshes', total=count, initial=done, delay=2), start=done):
             if len(mesh) != num_vertices + NUM_LANDMARKS:

@@ -11,7 +11,10 @@ import pytest
 from click.testing import CliRunner
 from parity import ROOT
 
-SCRIPTS = ['gen_samples', 'make_demo_network', 'dataset_preprocessing.pack']
+SCRIPTS = [
+    'gen_samples', 'make_demo_network', 'train_next3d',
+    'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
+]
 LISTED = subprocess.check_output(['git', 'ls-files', '*.py'], cwd=ROOT, text=True).split()
 TRACKED = [path for path in LISTED if not path.startswith('tests/data/')]
 SOURCES = [path for path in TRACKED if not path.startswith('tests/')]
@@ -23,6 +26,7 @@ LAYERS = {
     'geometry': {'dnnlib'},
     'training/volume': {'training/volume'},
     'training': {'training', 'training/volume', 'geometry', 'torch_utils', 'dnnlib'},
+    'training/loop': {'training', 'training/volume', 'legacy', 'geometry', 'torch_utils', 'dnnlib'},
     'legacy': {'training', 'training/volume', 'torch_utils', 'dnnlib'},
     'cli': {'legacy', 'training', 'geometry', 'dnnlib'},
     'dataset_preprocessing': {'cli', 'training', 'geometry', 'dnnlib'},

@@ -3,6 +3,7 @@
 
 import functools
 import json
+import multiprocessing
 import pathlib
 
 import numpy as np
@@ -37,7 +38,7 @@ WHITE, IRIS, LIP_TINT, THROAT = (0.93, 0.93, 0.95), (0.10, 0.09, 0.12), (0.80, 0
 LIP_HEIGHT, IRIS_RADIUS, EYE_HEIGHT = 0.0130, 0.0055, 0.0055
 
 
-def make_toy_data(root: pathlib.Path, count: int, resolution: int = 128, seed: int = 0) -> None:
+def make_toy_data(root: pathlib.Path, count: int, resolution: int = 128, seed: int = 0, workers: int = 1) -> None:
     """Write `count` items of random shape, expression, colours and camera into images, meshes and lms folders of root.
 
     Item i depends on seed and i alone. The meshes' topology is that of `geometry.simple_head`.
@@ -46,16 +47,24 @@ def make_toy_data(root: pathlib.Path, count: int, resolution: int = 128, seed: i
     folders = {kind: pathlib.Path(root) / f'{kind}{size}' / '00000' for kind in ('images', 'meshes', 'lms')}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    labels = []
-    for i in range(count):
-        rng = np.random.default_rng([seed, i])
-        head, label = random_head(rng), random_label(rng)
-        stem = f'img{i:08d}'
-        Image.fromarray(draw(rng, head, label, resolution)).save(folders['images'] / f'{stem}.png')
-        (folders['meshes'] / f'{stem}.obj').write_text(obj_text(head), encoding='ascii')
-        np.savetxt(folders['lms'] / f'{stem}.txt', head.landmarks, fmt='%.8f')
-        labels.append([f'00000/{stem}.png', label[0].tolist()])
+    write = functools.partial(_write_item, folders, resolution, seed)
+    if workers == 1:
+        labels = [write(i) for i in range(count)]
+    else:
+        with multiprocessing.get_context('spawn').Pool(workers, torch.set_num_threads, [1]) as pool:
+            labels = pool.map(write, range(count), chunksize=8)
     (folders['images'].parent / 'dataset.json').write_text(json.dumps({'labels': labels}))
+
+
+def _write_item(folders, resolution, seed, i):
+    """Write the files of item i and return its entry of dataset.json."""
+    rng = np.random.default_rng([seed, i])
+    head, label = random_head(rng), random_label(rng)
+    stem = f'img{i:08d}'
+    Image.fromarray(draw(rng, head, label, resolution)).save(folders['images'] / f'{stem}.png')
+    (folders['meshes'] / f'{stem}.obj').write_text(obj_text(head), encoding='ascii')
+    np.savetxt(folders['lms'] / f'{stem}.txt', head.landmarks, fmt='%.8f')
+    return [f'00000/{stem}.png', label[0].tolist()]
 
 
 def random_head(rng: np.random.Generator) -> SimpleHead:

@@ -5,6 +5,9 @@ import contextlib
 import datetime
 import logging
 import os
+import re
+import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -15,8 +18,10 @@ import torch.distributed as dist
 T = TypeVar('T')
 PATIENCE = datetime.timedelta(days=1)  # How long the others wait while the first process checks data; death ends it.
 VARIABLES = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}  # As torchrun sets them; a run of one otherwise.
+LOST_STATUS = 4  # Exit status of a process that lost contact with the others.
 SIGNAL_OFFSET = 128  # Exit status of a process ended by signal 0, as shells count.
 MONITOR_S = 0.2  # Seconds between two looks of the launcher at its processes.
+LINGER_S = 1.0  # How long a process that lost another one stays: the launcher blames the first it finds ended.
 
 
 class RankLostError(RuntimeError):
@@ -119,7 +124,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
+            time.sleep(LINGER_S)
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = re.sub(r'^\[\S+\] ', '', first_line).partition('. ')[0]  # Without the place in the source.
             raise RankLostError(
                 f'process {self.rank} lost contact with the others during {what}: one of them was ended or does not '
                 f'answer ({reason})'
@@ -179,6 +186,8 @@ def joined(device_type: str, timeout_s: float) -> Iterator[Ranks]:
     if size == 1:
         yield ranks
         return
+    local_size = int(os.environ.get('LOCAL_WORLD_SIZE', size))
+    torch.set_num_threads(max(torch.get_num_threads() // local_size, 1))  # Or they wait for each other's cores.
     timeout = datetime.timedelta(seconds=timeout_s)
     options = {'device_id': device} if device_type == 'cuda' else {}
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', timeout=timeout, **options)
@@ -202,7 +211,8 @@ def launch(worker: Callable, arguments: tuple, num_ranks: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)  # The error says it in one line.
+    for name in ('torch.distributed.elastic', 'torch.multiprocessing.spawn'):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # The error raised here says it in one line.
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, run_id=uuid.uuid4().hex, rdzv_backend='c10d',
         rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', max_restarts=0, monitor_interval=MONITOR_S,
@@ -217,8 +227,9 @@ def launch(worker: Callable, arguments: tuple, num_ranks: int) -> None:
 
 
 def _first_failure(failures, num_ranks):
-    """Name the failure that the others followed from: a signal before the loss of contact that it caused."""
-    rank, failure = min(failures.items(), key=lambda x: (x[1].exitcode >= 0, x[1].timestamp))
+    """Name the failure that the others followed from: not the loss of contact, or the launcher's signal, after it."""
+    followers = (LOST_STATUS, -signal.SIGTERM, SIGNAL_OFFSET + signal.SIGTERM)
+    rank, failure = min(failures.items(), key=lambda x: (x[1].exitcode in followers, x[1].timestamp))
     code = failure.exitcode
     how = failure.signal_name() if code < 0 else f'exit status {code}'
     status = SIGNAL_OFFSET - code if code < 0 else code

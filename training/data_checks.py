@@ -249,7 +249,8 @@ def _look_at_all(files, workers) -> Iterator[_Seen]:
         yield from (_look_at(files, index) for index in indices)
         return
     workers = max(1, min(workers, -(-len(indices) // CHUNK)))
-    with multiprocessing.get_context('spawn').Pool(workers, _set_files, [files]) as pool:
+    # Forked: they only read files, and spawned ones would each import torch anew.
+    with multiprocessing.get_context('fork').Pool(workers, _set_files, [files]) as pool:
         yield from pool.imap(_look_at_index, indices, chunksize=CHUNK)
 
 

@@ -21,7 +21,7 @@ RETRY_DELAYS_S = (1.0, 5.0, 30.0)  # Before a file that could not be read is tri
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How images are dealt out: micro-batch m of an iteration holds images m·batch_gpu on and is rank m mod num_ranks's.
+    """How images are dealt out: micro-batch m of an iteration holds images m·batch_gpu on; rank m mod num_ranks has it.
 
     So the micro-batches of an iteration are the same for any number of processes.
     """
@@ -131,7 +131,7 @@ def iterations(items: IterationItems, start: int, end: int, workers: int, pin_me
 
 
 def _set_up_worker(_number):
-    """Leave Ctrl-C to the training process; end when it says so, not when its own handlers would."""
+    """Leave signals, which often reach all processes, to the training process: it still needs data to save by them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

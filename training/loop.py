@@ -18,7 +18,7 @@ import legacy
 from geometry.meshes import read_obj
 from geometry.mirror import vertex_mirror
 from torch_utils import custom_ops
-from torch_utils.distributed import Ranks, ToldElsewhereError
+from torch_utils.distributed import RankLostError, Ranks, ToldElsewhereError
 from torch_utils.training_stats import Collector
 from training import checkpoint, evaluation
 from training.data_checks import check_before_training
@@ -99,6 +99,7 @@ class Session:
         self.stats = Collector()
         self.reporter = self.sheets = None
         self.clock, self.snapshot_nimg = Clock(), 0
+        self._start = None  # What the first process found to start from, until all have it.
         self.trainer = Trainer(config, new_networks(config), ranks, self.stats)
         origin = ranks.first_alone(self._starting_point)
         self._restore(ranks.share(self._start))
@@ -119,7 +120,7 @@ class Session:
             reason = self._agree(fault)
             if reason:
                 return reason
-            self.trainer.step(data)
+            self._step(data)
             if self.trainer.nimg >= self._next_tick_nimg():
                 self._end_tick()
                 if self._tick % self.config.snap == 0:
@@ -130,6 +131,16 @@ class Session:
             self._snapshot(is_last=True)
         self._say(f'Finished at kimg {self.trainer.nimg / 1000:.3f}: {self.folder}')
         return ''
+
+    def _step(self, data):
+        try:
+            self.trainer.step(data)
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            # Its death interrupts whatever runs: the iteration is lost, not the run.
+            reason = str(error).splitlines()[0].strip()
+            raise ReadError(f'a process that loads data was ended ({reason}); {self._what_is_kept()}') from error
 
     def _feed(self):
         config, trainer = self.config, self.trainer
@@ -155,7 +166,8 @@ class Session:
             raise ToldElsewhereError('another process could not read its data')
         if stops:
             reason = self.stop.reason or 'another process'
-            self._say(f'Stopped at kimg {self.trainer.nimg / 1000:.3f} by {reason}; the same command goes on from there')
+            kimg = self.trainer.nimg / 1000
+            self._say(f'Stopped at kimg {kimg:.3f} by {reason}; the same command goes on from there')
             return reason
         return ''
 
@@ -216,6 +228,8 @@ class Session:
     def _check_weights(self):
         try:
             self.trainer.check_weights()
+        except RankLostError:
+            raise
         except RuntimeError as error:
             raise RunError(f'{error}; {self._what_is_kept()}') from error
 
@@ -231,7 +245,8 @@ class Session:
             try:
                 save_state(self.folder, self.trainer.nimg, self._state())
             except OSError as error:
-                text = f'the state at kimg {self.trainer.nimg / 1000:.3f} could not be saved ({error.strerror or error})'
+                kimg, why = self.trainer.nimg / 1000, error.strerror or error
+                text = f'the state at kimg {kimg:.3f} could not be saved ({why})'
                 if must_succeed:
                     raise RunError(f'{text}; {self._what_is_kept()}') from error
                 self.reporter.complain(f'{text}; training goes on, {self._what_is_kept()}')
@@ -301,7 +316,7 @@ def _next(feed):
     except StopIteration:
         return None, None
     except (DatasetError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed.
-        last_line = str(error).strip().splitlines()[-1]  # Workers put a traceback before it.
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Workers put a traceback before it.
         return None, ReadError(f'reading data failed: {last_line}')
 
 
@@ -317,8 +332,12 @@ def _open_data(config, ranks):
     template = read_obj(config.topology_path)
     num_vertices = len(template.vertices)
     source = open_source(config.data, config.rdata, config.with_expressions)
-    position = (config.generator.avg_camera_radius - POSITION_MARGIN, config.generator.avg_camera_radius + POSITION_MARGIN)
-    ranks.first_alone(lambda: check_before_training(source, num_vertices, config.resolution, os.cpu_count() or 1, position=position))
+    radius = config.generator.avg_camera_radius
+    check = functools.partial(
+        check_before_training, source, num_vertices, config.resolution, os.cpu_count() or 1,
+        position=(radius - POSITION_MARGIN, radius + POSITION_MARGIN),
+    )
+    ranks.first_alone(check)
     partner = vertex_mirror(template.vertices) if config.mirror else None
     data = HeadDataset(source, num_vertices, config.resolution, partner, config.label_length)
     labels = np.ascontiguousarray(source.labels).tobytes()

@@ -168,7 +168,8 @@ def status_line(tick: int, nimg: int, total_kimg: float, tick_images: int, tick_
     numbers = {'Timing/s_per_kimg': s_per_kimg, 'Timing/total_s': clock.elapsed_s, 'Resources/cpu_GiB': _host_memory()}
     words = [
         f'tick {tick}', f'kimg {nimg / 1000:.3f}', f'time {_duration(clock.elapsed_s)}', f's/kimg {s_per_kimg:.2f}',
-        f'ETA {_duration(max(total_kimg - nimg / 1000, 0) * s_per_kimg)}', f'CPU {numbers["Resources/cpu_GiB"]:.2f} GiB',
+        f'ETA {_duration(max(total_kimg - nimg / 1000, 0) * s_per_kimg)}',
+        f'CPU {numbers["Resources/cpu_GiB"]:.2f} GiB',
     ]
     if device.type == 'cuda':
         numbers['Resources/gpu_GiB'] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -191,7 +192,8 @@ def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    parts = [f'{days}d'] * (days > 0) + [f'{hours}h'] * (days + hours > 0) + [f'{minutes}m'] * (hours + minutes > 0)
+    parts = [f'{days}d'] * (days > 0) + [f'{hours}h'] * (days + hours > 0)
+    parts += [f'{minutes}m'] * (days + hours + minutes > 0)
     return ' '.join(parts + [f'{seconds}s'] * (days + hours == 0))
 
 
@@ -200,7 +202,7 @@ def _cut_stats(path, nimg):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding='utf-8').splitlines():
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             if json.loads(line)['nimg'] > nimg:
                 break

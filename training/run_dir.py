@@ -58,7 +58,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or 'unknown'
-                raise RunError(f'{folder}: another process ({holder}) trains in it; stop that, or use --fresh') from None
+                raise RunError(f'{folder}: process {holder} trains in it; stop that, or use --fresh') from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -64,7 +64,8 @@ def load_newest(folder: pathlib.Path, warn: Callable[[str], None]) -> tuple[path
                 raise ValueError(f'its bytes hash to {found}')
             return path, torch.load(path, map_location='cpu', weights_only=True)
         except DAMAGE as error:
-            warn(f'{path.name} is damaged and left aside ({str(error).splitlines()[0]})')
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warn(f'{path.name} is damaged and left aside ({reason})')
     return None
 
 

@@ -15,6 +15,7 @@ from training.config import (
 )
 from training.loss import LossConfig
 from training.mesh_render import RENDER_COLOURS
+from training.superresolution import VARIANTS
 from training.volume.render import SamplingConfig
 
 AUGMENT_MODES = ('noaug', 'ada', 'fixed')
@@ -80,7 +81,7 @@ class TrainConfig(Serialisable):
         if self.disc_render not in (None, *RENDER_COLOURS):
             raise ValueError(f'disc_render: expected one of {", ".join(RENDER_COLOURS)}, got {self.disc_render!r}')
         if self.batch < 1 or self.batch % self.gpus:
-            raise ValueError(f'batch: expected a multiple of the {self.gpus} processes, got {self.batch}')
+            raise ValueError(f'batch: expected a multiple of the {self.gpus} processes (gpus), got {self.batch}')
         if self.batch_gpu < 1 or (self.batch // self.gpus) % self.batch_gpu:
             raise ValueError(
                 f'batch_gpu: expected a divisor of the {self.batch // self.gpus} images of a process, '
@@ -89,7 +90,7 @@ class TrainConfig(Serialisable):
         group = min(self.discriminator.mbstd_group_size, self.batch_gpu)
         if self.batch_gpu % group:
             raise ValueError(
-                f'batch_gpu: expected a multiple of mbstd_group {group} (or less), got {self.batch_gpu}'
+                f'batch_gpu: expected a multiple of mbstd_group {group}, or fewer images, got {self.batch_gpu}'
             )
         if self.generator.img_resolution != self.discriminator.img_resolution:
             raise ValueError(
@@ -224,6 +225,7 @@ def make_config(preset: str, outdir: str, data: str, **given) -> TrainConfig:
     if unknown:
         raise ValueError(f'settings: expected some of DEFAULTS, got {", ".join(unknown)}')
     s = {**DEFAULTS, **PRESETS[preset], **given}
+    _check(s)
     is_resumed = s['resume'] is not None
     per_process = s['batch'] // s['gpus']
     return TrainConfig(
@@ -233,7 +235,7 @@ def make_config(preset: str, outdir: str, data: str, **given) -> TrainConfig:
         generator=_generator(s),
         discriminator=_discriminator(s),
         loss=_loss(s, is_resumed),
-        batch_gpu=s['batch_gpu'] or _largest_divisor(per_process, MAX_BATCH_GPU),
+        batch_gpu=s['batch_gpu'] or _usual_batch_gpu(per_process, s['mbstd_group']),
         ema_rampup=None if is_resumed else EMA_RAMPUP,
         ada_kimg=ADA_KIMG_RESUMED if is_resumed else ADA_KIMG,
         with_expressions=s['gen_exp_cond'],
@@ -316,5 +318,27 @@ def _loss(s, is_resumed):
     )
 
 
-def _largest_divisor(number, limit):
-    return max(n for n in range(1, limit + 1) if number % n == 0) if number else 1
+def _check(s):
+    """Raise ValueError for settings that the networks could not be built or trained with."""
+    variant = VARIANTS[s['sr_module'] or SUPERRESOLUTION[s['resolution']]]
+    if variant.resolution != s['resolution']:
+        expected = ', '.join(name for name, v in VARIANTS.items() if v.resolution == s['resolution'])
+        raise ValueError(f'--sr_module: expected {expected} for {s["resolution"]} pixels, got {s["sr_module"]}')
+    limit = variant.input_resolution if variant.only_enlarges_input else s['resolution']
+    for name in ('neural_rendering_resolution_initial', 'neural_rendering_resolution_final'):
+        if (s[name] or 0) > limit:
+            raise ValueError(f'--{name}: expected at most {limit} for {s["resolution"]} pixels, got {s[name]}')
+    lowest = max(s['resolution'], s['generator'].get('plane_resolution', Next3DConfig.plane_resolution))
+    if min(s['cbase'], s['d_cbase'] or s['cbase']) < lowest:
+        raise ValueError(f'--cbase: expected at least {lowest}, a channel at the highest resolution, got {s["cbase"]}')
+    layers = 1 + 3 * (s['resolution'].bit_length() - 3)  # From colours; two and the skip of a block, down to 8 pixels.
+    if s['freezed'] > layers:
+        raise ValueError(f'--freezed: expected at most the {layers} layers of the blocks, got {s["freezed"]}')
+    if s['mirror'] and s['gen_exp_cond']:
+        raise ValueError('--mirror: expected no expressions (--gen_exp_cond): those of mirrored faces are not known')
+
+
+def _usual_batch_gpu(number, group):
+    """Return the most images at a time, up to MAX_BATCH_GPU, in whole groups of the discriminator where possible."""
+    fitting = [n for n in range(1, min(number, MAX_BATCH_GPU) + 1) if number % n == 0]
+    return max(fitting, key=lambda n: (n % group == 0, n), default=1)

@@ -68,7 +68,32 @@ def upfirdn2d(
     if x.shape[3] * up[0] + sum(padding[:2]) < fw or x.shape[2] * up[1] + sum(padding[2:]) < fh:
         raise ValueError(f'x: upsampled and padded it is smaller than the filter [{fh}, {fw}], got {list(x.shape)}')
     pick_impl('upfirdn2d', impl, x.device)
-    return _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
+    return _Upfirdn2d.apply(x, f, up, down, padding, flip_filter, gain)
+
+
+class _Upfirdn2d(torch.autograd.Function):
+    """Linear in x, so its gradient is its adjoint: another upfirdn2d with the filter and the factors turned round.
+
+    Torch's own second gradient of a depthwise convolution runs channel by channel: a hundred times slower on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, f, *arguments):
+        ctx.save_for_backward(f)
+        ctx.size, ctx.arguments = x.shape[2:], arguments
+        return _upfirdn2d_ref(x, f, *arguments)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (f,) = ctx.saved_tensors
+        up, down, (px0, _, py0, _), flip_filter, gain = ctx.arguments
+        (fw, fh), (h, w) = filter_size(f), ctx.size
+        padding = (
+            fw - 1 - px0, w * up[0] - gradient.shape[3] * down[0] + px0 - up[0] + 1,
+            fh - 1 - py0, h * up[1] - gradient.shape[2] * down[1] + py0 - up[1] + 1,
+        )
+        x = _Upfirdn2d.apply(gradient, f, down, up, padding, not flip_filter, gain)
+        return x, None, None, None, None, None, None
 
 
 def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
