@@ -2,6 +2,7 @@
 """Training data in the published layout and packed: the same items, and faults told before training."""
 
 import json
+import pathlib
 import shutil
 import zipfile
 
@@ -15,6 +16,7 @@ from geometry import cameras
 from geometry.meshes import MeshFileError
 from geometry.mirror import LANDMARK_MIRROR, mirror_label, mirror_mesh, vertex_mirror
 from geometry.simple_head import simple_head
+from training import dataset as dataset_module
 from training.dataset import (
     DatasetError,
     FolderSource,
@@ -230,3 +232,25 @@ def test_landmarks_lie_beside_meshes(tmp_path):
     assert landmarks_path(tmp_path / 'meshes' / 'meshes512x512') == tmp_path / 'meshes' / 'lms512x512'
     with pytest.raises(DatasetError, match="expected a name with 'meshes'"):
         landmarks_path(tmp_path / 'obj')
+
+
+def test_large_data_sets_are_not_cut(monkeypatch, tmp_path):
+    """The published reader leaves out what comes after picture 139 900."""
+    count = 139_902
+    stems = [f'{i:08d}' for i in range(count)]
+    listings = {'images': [f'{s}.png' for s in stems], 'meshes': [f'{s}.obj' for s in stems],
+                'lms': [f'{s}.txt' for s in stems]}
+
+    class Listing:
+        def __init__(self, path):
+            self.path, self.kind = path, pathlib.Path(path).name
+
+        def names(self):
+            return listings[self.kind]
+
+        def read(self, _name):
+            return json.dumps({'labels': [[name, [0] * 25] for name in listings['images']]})
+
+    monkeypatch.setattr(dataset_module, 'FileSet', Listing)
+    source = FolderSource(tmp_path / 'images', tmp_path / 'meshes')
+    assert len(source.names) == count and source.labels.shape == (count, 25)

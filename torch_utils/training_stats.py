@@ -30,7 +30,8 @@ class Collector:
         finite = torch.where(is_finite, values, 0)
         count = is_finite.sum()
         moments = torch.stack([count, finite.sum(), finite.square().sum(), len(values) - count])
-        self._moments[name] = self._moments[name] + moments if name in self._moments else moments
+        before = self._moments.get(name)
+        self._moments[name] = moments if before is None else before.to(moments.device) + moments
 
     def collect(self, reduce: Callable[[torch.Tensor], None] = lambda moments: None) -> dict[str, Statistic]:
         """Return the statistics since the last call, and forget them.
@@ -61,9 +62,10 @@ class Collector:
         """Return what has been collected by this process since the last `collect`, as plain numbers."""
         return {name: moments.tolist() for name, moments in self._moments.items()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on from `state_dict`."""
-        self._moments = {name: torch.tensor(moments, dtype=torch.float64) for name, moments in state.items()}
+    def load_state_dict(self, state: dict[str, list[float]], is_first: bool = True) -> None:
+        """Go on from `state_dict` of what `gather` moved to the first process; the others have the names with zeros."""
+        moments = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in state.items()}
+        self._moments = moments if is_first else {name: torch.zeros_like(x) for name, x in moments.items()}
 
 
 def _statistic(moments):

@@ -26,7 +26,7 @@ from training.dataset import DatasetError, HeadDataset, open_source
 from training.feed import IterationItems, iterations
 from training.pictures import SheetMaker, save_sheet
 from training.report import Clock, Reporter, status_line, warn
-from training.run_dir import RunError, locked, open_run
+from training.run_dir import RunError, abandon, locked, open_run
 from training.state import list_states, load_newest, save_state
 from training.train_config import TrainConfig
 from training.trainer import Trainer, new_networks
@@ -276,18 +276,26 @@ class Session:
             return f'Going on from {path.name}'
         text = 'Starting from random weights'
         if self.config.resume is not None:
-            source = legacy.load_network_pkl(self.config.resume)
-            text = f'Starting from {self.config.resume}\n'
-            text += describe(warm_start(self.trainer.networks._asdict(), source))
+            text = f'Starting from {self.config.resume}\n{self._warm_start()}'
         self._start = self._state()
         return text
+
+    def _warm_start(self):
+        """Take the weights that --resume names; return what was taken. Where that fails, no run has begun."""
+        try:
+            source = legacy.load_network_pkl(self.config.resume)
+            return describe(warm_start(self.trainer.networks._asdict(), source))
+        except (ValueError, OSError) as error:
+            abandon(self.folder)
+            if isinstance(error, (legacy.NetworkFileError, OSError)):
+                raise
+            raise RunError(f'--resume: {self.config.resume}: {error}') from error
 
     def _restore(self, state):
         self.trainer.load_state_dict(state['trainer'])
         self.clock = Clock(state['elapsed_s'])
         self.snapshot_nimg = state['snapshot_nimg']
-        if self.ranks.is_first:
-            self.stats.load_state_dict(state['stats'])
+        self.stats.load_state_dict(state['stats'], self.ranks.is_first)
 
     def _introduce(self, origin):
         config, networks = self.config, self.trainer.networks

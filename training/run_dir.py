@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 
 from dnnlib.util import atomic_write
@@ -64,6 +65,12 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         file.flush()
         remove_leftovers(folder)
         yield
+
+
+def abandon(folder: pathlib.Path) -> None:
+    """Remove a run in which nothing has been trained; a folder that holds anything else stays."""
+    if {path.name for path in folder.iterdir()} <= {OPTIONS_FILE, DATA_FILE, LOCK_FILE}:
+        shutil.rmtree(folder)
 
 
 def load_config(folder: pathlib.Path) -> TrainConfig:
