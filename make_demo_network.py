@@ -6,28 +6,11 @@ import torch
 
 import cli
 from training.checkpoint import save_snapshot
-from training.config import NEXT3D_PLANE_AXES, Next3DConfig
 from training.generator import Next3DGenerator
 from training.topology import load_topology
-from training.volume.render import SamplingConfig
+from training.train_config import make_config
 
-CONFIG = Next3DConfig(
-    z_dim=64,
-    w_dim=64,
-    channel_base=2048,
-    channel_max=32,
-    sr_num_fp16_res=0,
-    sr_channels=(32, 16),
-    superresolution='SuperresolutionHybrid2X',
-    plane_resolution=128,
-    texture_resolution=128,
-    mouth_resolution=32,
-    blending_lowest=32,
-    plane_layout='aligned',
-    has_unused_mappings=False,
-    neural_rendering_resolution=64,
-    sampling=SamplingConfig(num_depths=24, num_importance=24, plane_axes=NEXT3D_PLANE_AXES),
-)
+CONFIG = make_config('demo', '', '', gen_pose_cond=True).generator  # What --cfg=demo trains.
 
 MARK = 1.0  # Value of the feature that tells the head (+) from the rest (-), before the mean over three planes.
 SURFACE_SHARPNESS = 40.0

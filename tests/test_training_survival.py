@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -47,7 +48,7 @@ def command(data, outdir, *more):
     """Return the command line of a toy run that writes a state after every iteration."""
     options = [
         '--cfg=toy', f'--data={data}', f'--outdir={outdir}', '--device=cpu', '--workers=1', '--batch-gpu=2',
-        f'--kimg={ITERATIONS * BATCH / 1000}', '--tick=0.008', f'--snap={NEVER}', '--save-minutes=0.00001',
+        f'--kimg={ITERATIONS * BATCH / 1000}', '--tick=0.004', f'--snap={NEVER}', '--save-minutes=0.00001',
         '--dist-timeout=30', *more,
     ]
     return [sys.executable, str(ROOT / 'train_next3d.py'), *options]
@@ -115,10 +116,10 @@ def assert_equal(a, b, where='state'):
 
 @pytest.fixture(scope='module')
 def uninterrupted(data, tmp_path_factory):
-    """The final state of a run of one process that nobody disturbed."""
+    """The final state and the folder of a run of one process that nobody disturbed."""
     outdir = tmp_path_factory.mktemp('one')
     finish(command(data, outdir))
-    return final_state(outdir)
+    return final_state(outdir), outdir
 
 
 def test_two_processes_survive_kills_at_random_moments(data, tmp_path, uninterrupted):
@@ -150,11 +151,17 @@ def test_two_processes_survive_kills_at_random_moments(data, tmp_path, uninterru
                 for run in (quiet, tmp_path / 'killed')]
     for name in ('G', 'D', 'G_ema'):
         assert_equal(*(dict(n[name].state_dict()) for n in networks))
-    # One process with the same micro-batches: equal to rounding, which Adam amplifies where gradients are near zero.
-    for name, network in uninterrupted['networks'].items():
-        for key, tensor in network.items():
-            other = final_state(quiet)['networks'][name][key].float()
-            assert (tensor - other).abs().mean() <= 1e-3 * tensor.float().abs().mean() + 1e-6, f'{name}.{key}'
+    # One process with the same micro-batches computes the same losses; later ones differ by what Adam makes of rounding.
+    for number, tolerance in ((0, 1e-5), (ITERATIONS - 1, 2e-2)):
+        one, two = (losses(run, number) for run in (uninterrupted[1], quiet))
+        assert one.keys() == two.keys() and len(one) >= 6
+        assert one == pytest.approx(two, rel=tolerance, abs=tolerance)
+
+
+def losses(outdir, tick):
+    """Return the means of the losses in a tick of one iteration."""
+    rows = next(outdir.glob('0*/stats.jsonl')).read_text().splitlines()
+    return {name: value['mean'] for name, value in json.loads(rows[tick]).items() if name.startswith('Loss/')}
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -169,13 +176,14 @@ def test_signals_save_the_state(data, tmp_path, uninterrupted, number):
     assert process.returncode == 128 + number, text
     assert re.search(rf'Stopped at kimg 0\.0\d\d by {number.name}; the same command goes on', text), text
     assert 'Going on from training-state-' in finish(line)
-    assert_equal(uninterrupted, final_state(tmp_path))
+    assert_equal(uninterrupted[0], final_state(tmp_path))
 
 
 def test_damaged_states_are_skipped(data, tmp_path, uninterrupted):
+    """The state before is used, and the statistics have no gaps or repetitions."""
     line = command(data, tmp_path)
     with started(line):
-        wait_for_states(tmp_path, 3 * BATCH)
+        wait_for_states(tmp_path, 5 * BATCH)
     (folder,) = tmp_path.glob('0*')
     newest = list_states(folder)[0]
     content = bytearray(newest.read_bytes())
@@ -183,17 +191,10 @@ def test_damaged_states_are_skipped(data, tmp_path, uninterrupted):
     newest.write_bytes(content)
     text = finish(line)
     assert f'Warning: {newest.name} is damaged' in text
-    assert_equal(uninterrupted, final_state(tmp_path))
-
-
-def test_the_statistics_of_a_continued_run_have_no_gaps_or_repetitions(data, tmp_path):
-    line = command(data, tmp_path)
-    with started(line):
-        wait_for_states(tmp_path, 5 * BATCH)
-    finish(line)
-    rows = next(tmp_path.glob('0*/stats.jsonl')).read_text().splitlines()
+    assert_equal(uninterrupted[0], final_state(tmp_path))
+    rows = (folder / 'stats.jsonl').read_text().splitlines()
     images = [int(re.search(r'"nimg": (\d+)', row)[1]) for row in rows]
-    assert images == list(range(2 * BATCH, ITERATIONS * BATCH + 1, 2 * BATCH))
+    assert images == list(range(BATCH, ITERATIONS * BATCH + 1, BATCH))
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_full_disk(data, small_disk, uninterrupted):
     assert not list(small_disk.glob('0*/.tmp-*')) and not list(small_disk.glob('0*/training-state-*'))
     subprocess.run(['mount', '-o', 'remount,size=200m', str(small_disk)], check=True)
     finish(command(data, small_disk))
-    assert_equal(uninterrupted, final_state(small_disk))
+    assert_equal(uninterrupted[0], final_state(small_disk))
 
 
 def test_older_states_survive_a_full_disk(data, tmp_path):
@@ -269,8 +270,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch, 
             next(self.networks.D.parameters()).data.fill_(float('inf'))
 
     monkeypatch.setattr(Trainer, 'step', breaking)
-    with pytest.raises(RunError, match='D: holds weights that are not finite; the last good state is kept: .*-00000008-'
-                                       .replace('-00000008-', '-000000000008-')):
+    with pytest.raises(RunError, match='D: holds weights that are not finite; the last good state is kept: .*-0{10}08-'):
         loop.train(config, Ranks())
 
 
