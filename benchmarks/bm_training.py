@@ -5,11 +5,13 @@ On several GPUs: torchrun --nproc-per-node=N benchmarks/bm_training.py --batch=4
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import platform
 import statistics
 import sys
+import time
 
 import numpy as np
 import torch
@@ -22,10 +24,26 @@ from torch_utils.distributed import joined  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
 from training.feed import Fakes, IterationData, Reals  # noqa: E402
 from training.train_config import PRESETS, make_config  # noqa: E402
-from training.trainer import Trainer, new_networks  # noqa: E402
+from training.trainer import LARGEST_GRADIENT, Trainer, new_networks  # noqa: E402
 
 WARM_UP = 5
+BUCKET_BYTES = 1 << 26
 DEMO = pathlib.Path(__file__).resolve().parents[1] / 'data' / 'demo'
+
+
+class Moment:
+    """A moment on the device's clock, or the host's."""
+
+    def __init__(self, device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == 'cuda' else None
+        if self.event is None:
+            self.time = time.perf_counter()
+        else:
+            self.event.record()
+
+    def ms_until(self, other):
+        """Return milliseconds to a later moment; the device has to have passed it."""
+        return (other.time - self.time) * 1000 if self.event is None else self.event.elapsed_time(other.event)
 
 
 class TimedTrainer(Trainer):
@@ -36,10 +54,8 @@ class TimedTrainer(Trainer):
         self.marks = []
 
     def mark(self, name):
-        """Note the moment under a name."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((name, event))
+        """Note the moment under a name; '' ends what was begun last."""
+        self.marks.append((name, Moment(self.ranks.device)))
 
     def _run_phase(self, phase, *arguments):
         self.mark(phase.name)
@@ -57,6 +73,57 @@ class TimedTrainer(Trainer):
         self.mark('')
 
 
+class BucketTrainer(TimedTrainer):
+    """The alternative to one flat reduction: buckets in the order of backward, each reduced when its gradients are final.
+
+    How often a parameter's gradient is added to in a phase is counted in the phase's first run, which reduces flat.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.counts, self.orders, self.seen, self.ready, self.works = {}, {}, {}, [], []
+        for network in (self.networks.G, self.networks.D):
+            for parameter in network.parameters():
+                parameter.requires_grad_(True)
+                parameter.register_post_accumulate_grad_hook(self._note)
+                parameter.requires_grad_(False)
+
+    def _run_phase(self, phase, *arguments):
+        self.phase, self.seen, self.ready, self.works = phase.name, {}, [], []
+        super()._run_phase(phase, *arguments)
+
+    def _note(self, parameter):
+        self.seen[parameter] = self.seen.get(parameter, 0) + 1
+        expected = self.counts.get(self.phase)
+        if expected is not None and self.seen[parameter] == expected[parameter]:
+            self.ready.append(parameter.grad)
+            if sum(g.numel() for g in self.ready) * 4 >= BUCKET_BYTES:
+                self._send()
+
+    def _send(self):
+        flat = torch.cat([g.reshape(-1) for g in self.ready])
+        self.works.append((torch.distributed.all_reduce(flat, async_op=True), flat, self.ready))
+        self.ready = []
+
+    def _reduce_gradients(self, name, parameters):
+        if name not in self.counts:
+            self.counts[name] = dict(self.seen)
+            return super()._reduce_gradients(name, parameters)
+        self.mark(f'{name} gradients')
+        if self.ready:
+            self._send()
+        for work, flat, gradients in self.works:
+            work.wait()
+            self.stats.report(f'Gradients/nonfinite/{name}', (~flat.isfinite()).sum())
+            torch.nan_to_num(flat, nan=0.0, posinf=LARGEST_GRADIENT, neginf=-LARGEST_GRADIENT, out=flat)
+            pieces = flat.split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients)])
+        self.mark('')
+
+
+REDUCTIONS = {'flat': TimedTrainer, 'buckets': BucketTrainer}
+
+
 def random_data(trainer, iteration):
     """Return one process's part of an iteration: the demo head, cameras 0.1 rad apart, noise for pictures."""
     c, count = trainer.config, trainer.plan.num_rounds * trainer.plan.batch_gpu
@@ -72,40 +139,41 @@ def random_data(trainer, iteration):
 def spans(marks):
     """Return milliseconds by name of marks that nest at most once."""
     times, opened = {}, []
-    for name, event in marks:
+    for name, moment in marks:
         if name:
-            opened.append((name, event))
+            opened.append((name, moment))
         else:
             begun, start = opened.pop()
-            times.setdefault(begun, []).append(start.elapsed_time(event))
+            times.setdefault(begun, []).append(start.ms_until(moment))
     return times
 
 
-def measure(config, ranks, iterations):
-    """Return medians in ms by name, seconds per thousand images and peak memory in GiB."""
+def measure(config, ranks, iterations, trainer_class=TimedTrainer):
+    """Return medians in ms by name, seconds per thousand images and, on a GPU, peak memory in GiB."""
     torch.backends.cudnn.benchmark = config.benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    trainer = TimedTrainer(config, new_networks(config), ranks, Collector())
+    trainer = trainer_class(config, new_networks(config), ranks, Collector())
     data = random_data(trainer, 0)
     for _ in range(WARM_UP):
         trainer.iteration = 0  # All phases are due.
         trainer.step(data)
-    torch.cuda.reset_peak_memory_stats()
+    is_cuda = ranks.device.type == 'cuda'
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     trainer.marks.clear()
     trainer.iteration = 0
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    begin = Moment(ranks.device)
     for _ in range(iterations):
         trainer.step(data)
-    end.record()
-    torch.cuda.synchronize()
+    end = Moment(ranks.device)
+    if is_cuda:
+        torch.cuda.synchronize()
     medians = {name: statistics.median(times) for name, times in spans(trainer.marks).items()}
-    return {
-        'median_ms': medians,
-        's_per_kimg': begin.elapsed_time(end) / iterations / config.batch,
-        'peak_GiB': torch.cuda.max_memory_allocated() / 2**30,
-        'peak_reserved_GiB': torch.cuda.max_memory_reserved() / 2**30,
-    }
+    result = {'median_ms': medians, 's_per_kimg': begin.ms_until(end) / iterations / config.batch}
+    if is_cuda:
+        result['peak_GiB'] = torch.cuda.max_memory_allocated() / 2**30
+        result['peak_reserved_GiB'] = torch.cuda.max_memory_reserved() / 2**30
+    return result
 
 
 def main():
@@ -115,24 +183,28 @@ def main():
     parser.add_argument('--batch', type=int, default=4, help='images of an iteration, over all GPUs')
     parser.add_argument('--rendering', type=int, nargs='+', default=[64], help='sides of the raw picture')
     parser.add_argument('--iterations', type=int, default=40)
+    parser.add_argument('--reductions', nargs='+', choices=REDUCTIONS, default=['flat'], help='of gradients')
+    parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
     parser.add_argument('--json', type=pathlib.Path)
     arguments = parser.parse_args()
     results = {}
-    with joined('cuda', 600) as ranks:
-        for side in arguments.rendering:
+    with joined(arguments.device, 600) as ranks:
+        for side, reduction in itertools.product(arguments.rendering, arguments.reductions):
             config = make_config(
                 arguments.preset, '', '', batch=arguments.batch, gpus=ranks.size, gen_pose_cond=True, disc_c_noise=1.0,
-                neural_rendering_resolution_initial=side, resume='weights',
+                neural_rendering_resolution_initial=side, resume='weights', device=arguments.device,
                 topology_path=str(DEMO / 'head_template.obj'),
             )
-            results[side] = measure(config, ranks, arguments.iterations)
-            torch.cuda.empty_cache()
+            key = f'{side} {reduction}'
+            results[key] = measure(config, ranks, arguments.iterations, REDUCTIONS[reduction])
+            if ranks.is_first:  # At once: what is measured is not lost with what is not.
+                times = ', '.join(f'{name} {value:.1f}' for name, value in results[key]['median_ms'].items())
+                memory = f', {results[key]["peak_GiB"]:.1f} GiB' if 'peak_GiB' in results[key] else ''
+                print(f'{key}: {results[key]["s_per_kimg"]:.1f} s/kimg{memory}; median ms: {times}', flush=True)
     if ranks.is_first:
-        where = f'{torch.cuda.get_device_name()} x{ranks.size}, torch {torch.__version__}, {platform.python_version()}'
+        name = torch.cuda.get_device_name() if arguments.device == 'cuda' else platform.machine()
+        where = f'{name} x{ranks.size}, torch {torch.__version__}, Python {platform.python_version()}'
         print(f'{arguments.preset}, batch {arguments.batch}, {arguments.iterations} iterations; {where}')
-        for side, result in results.items():
-            times = ', '.join(f'{name} {value:.1f}' for name, value in result['median_ms'].items())
-            print(f'{side}: {result["s_per_kimg"]:.1f} s/kimg, {result["peak_GiB"]:.1f} GiB; median ms: {times}')
         if arguments.json:
             arguments.json.write_text(json.dumps({'where': where, **vars(arguments), 'results': results}, default=str))
 
