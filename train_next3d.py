@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -14,6 +15,7 @@ import cli
 from geometry.meshes import MeshFileError
 from torch_utils.distributed import (
     LOST_STATUS,
+    SIGNAL_OFFSET,
     RankLostError,
     RanksFailedError,
     ToldElsewhereError,
@@ -28,12 +30,13 @@ from training.head_raster import PLANE_LAYOUTS
 from training.layers import NOISE_MODES
 from training.loss import DENSITY_REGIONS, REG_TYPES
 from training.mesh_render import RENDER_COLOURS
+from training.run_dir import RunError
 from training.superresolution import VARIANTS
 from training.topology import load_topology
 from training.train_config import AUGMENT_MODES, CAMERA_SETUPS, DEFAULTS, PRESETS, TrainConfig, make_config, preset_of
 
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 USER_STATUS = 3  # Exit status of a process that has told the user what to mend.
-SIGNAL_STATUS = {'SIGINT': 130, 'SIGTERM': 143}  # As shells report them.
 
 
 class Number(cli.FiniteFloat):
@@ -291,7 +294,7 @@ def main(ctx, dry_run, fresh, **options):
         run_rank(config.to_dict(), fresh)
     elif config.gpus == 1:
         with joined(config.device, config.timeout_s) as ranks:
-            ctx.exit(SIGNAL_STATUS.get(loop.train(config, ranks, fresh), 0))
+            ctx.exit(exit_status(loop.train(config, ranks, fresh)))
     else:
         start(ctx, config, fresh)
 
@@ -343,9 +346,14 @@ def start(ctx, config, fresh):
     try:
         launch(run_rank, (config.to_dict(), fresh), config.gpus)
     except RanksFailedError as error:
-        if error.status not in (USER_STATUS, *SIGNAL_STATUS.values()):
+        if error.status not in (USER_STATUS, *map(exit_status, STOP_SIGNALS)):
             raise click.ClickException(f'{error}; the same command goes on from the newest state') from error
         ctx.exit(1 if error.status == USER_STATUS else error.status)
+
+
+def exit_status(number):
+    """Return the exit status, as shells tell it, of a run that a signal stopped; 0 for none."""
+    return SIGNAL_OFFSET + number if number else 0
 
 
 def run_rank(config, fresh):
@@ -354,11 +362,11 @@ def run_rank(config, fresh):
     status = 1
     try:
         with joined(config.device, config.timeout_s) as ranks:
-            status = SIGNAL_STATUS.get(loop.train(config, ranks, fresh), 0)
+            status = exit_status(loop.train(config, ranks, fresh))
     except ToldElsewhereError:
         status = USER_STATUS
     except (*cli.USER_ERRORS, OSError) as error:
-        if int(os.environ['RANK']) == 0 or isinstance(error, loop.ReadError):
+        if int(os.environ['RANK']) == 0 or not isinstance(error, RunError):  # All processes agree on RunErrors.
             click.echo(f'Error: {cli.describe(error)}', err=True)
         status = USER_STATUS
     except RankLostError as error:

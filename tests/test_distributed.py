@@ -213,7 +213,8 @@ def test_being_launched_takes_all_variables(monkeypatch):
 
 
 def test_a_process_without_a_gpu_says_so(monkeypatch):
-    monkeypatch.setenv('LOCAL_RANK', '3')
+    for name, value in {'RANK': 3, 'WORLD_SIZE': 4, 'LOCAL_RANK': 3}.items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     with pytest.raises(RuntimeError, match='process 3 of this machine has no GPU: 1 were found'):
         with distributed.joined('cuda', 1.0):

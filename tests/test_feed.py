@@ -2,6 +2,7 @@
 """Which items an iteration takes and how they are loaded: the same for any number of processes and workers."""
 
 import collections
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -120,14 +121,26 @@ def test_two_processes_load_what_one_does(data):
         assert np.array_equal(np.stack(rounds, axis=1).reshape(x.shape), x), name
 
 
+def load(items, start, end, workers):
+    with iterations(items, start, end, workers, pin_memory=False) as feed:
+        return list(feed)
+
+
+def test_workers_are_gone_after_the_block(data):
+    with iterations(items_of(data), 0, 100, workers=2, pin_memory=False) as feed:
+        next(feed)
+        assert len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
+
+
 def test_workers_load_the_same(data):
-    alone = list(iterations(items_of(data), 0, 3, workers=0, pin_memory=False))
-    helped = list(iterations(items_of(data), 0, 3, workers=1, pin_memory=False))
+    alone = load(items_of(data), 0, 3, workers=0)
+    helped = load(items_of(data), 0, 3, workers=1)
     assert [x.iteration for x in helped] == [0, 1, 2] and len(alone) == 3
     for a, b in zip(alone, helped):
         assert_same(a, b)
         assert isinstance(b.reals.image, torch.Tensor) and isinstance(b.fakes['Gmain'].mesh, torch.Tensor)
-    later = list(iterations(items_of(data), 2, 3, workers=1, pin_memory=False))
+    later = load(items_of(data), 2, 3, workers=1)
     assert len(later) == 1
     assert_same(later[0], alone[2])
 

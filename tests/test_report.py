@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people look at: statistics of a resumed run, events, clocks, lines, and disks that refuse."""
 
+import contextlib
 import json
-import math
 import struct
+import sys
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from torch_utils.training_stats import Statistic
 from training import report
-from training.report import LOG_FILE, STATS_FILE, Clock, Reporter, status_line
+from training.report import LOG_FILE, STATS_FILE, Clock, Reporter, say, status_line, warn
 
 NAN = float('nan')
 
@@ -42,7 +43,7 @@ def test_statistics_are_lines_of_json(tmp_path):
     line, = read_stats(tmp_path)
     assert line['nimg'] == 4000 and line['Timing/total_s'] == 2.0 and abs(line['timestamp'] - time.time()) < 60
     assert line['Loss/G'] == {'count': 4, 'mean': 1.5, 'std': 0.5, 'num_nonfinite': 1}
-    assert math.isnan(line['Loss/none']['mean']) and line['Loss/none']['num_nonfinite'] == 3
+    assert line['Loss/none']['mean'] is None and line['Loss/none']['num_nonfinite'] == 3
 
 
 def test_events_can_be_read(tmp_path):
@@ -79,10 +80,22 @@ def test_a_torn_last_line_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize('text', ['[1]\n', '{"a": 1}\n', '\n'])
-def test_a_line_of_another_form_ends_the_statistics(tmp_path, text):
+def test_a_line_of_another_form_is_dropped(tmp_path, text):
+    """And no other: a full disk may have broken one line of many."""
     (tmp_path / STATS_FILE).write_text('{"nimg": 10}\n' + text + '{"nimg": 20}\n')
     Reporter(tmp_path, nimg=1000)
-    assert [line['nimg'] for line in read_stats(tmp_path)] == [10]
+    assert [line['nimg'] for line in read_stats(tmp_path)] == [10, 20]
+
+
+def test_output_that_nobody_takes_is_no_error(monkeypatch):
+    with open('/dev/full', 'w') as full:
+        monkeypatch.setattr(sys, 'stdout', full)
+        monkeypatch.setattr(sys, 'stderr', full)
+        say('x' * 10000)
+        warn('x' * 10000)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_bytes_that_are_no_text_do_not_end_the_run(tmp_path):

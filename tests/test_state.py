@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from training import state
-from training.state import KEEP, NAME, list_states, load_newest, remove_leftovers, save_state
+from training.state import KEEP, NAME, StateError, list_states, load_newest, remove_leftovers, save_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -95,7 +95,6 @@ DAMAGES = {
     'cut off': lambda path: path.write_bytes(path.read_bytes()[:-100]),
     'empty': lambda path: path.write_bytes(b''),
     'renamed': rename,
-    'a folder': lambda path: (path.unlink(), path.mkdir()),
 }
 
 
@@ -107,6 +106,28 @@ def test_a_damaged_state_is_skipped_with_a_warning(tmp_path, damage):
     assert load_newest(tmp_path, warnings.append) == (older, {'nimg': 1})
     assert len(warnings) == 1 and warnings[0].startswith('training-state-000000000002-')
     assert 'is damaged and left aside' in warnings[0] and '\n' not in warnings[0]
+    assert list_states(tmp_path) == [older] and len(list(tmp_path.glob('*.damaged'))) == 1
+    again = save_state(tmp_path, 1, {'nimg': 'again'})  # It does not count as older than the damaged one.
+    assert again.exists()
+
+
+def test_a_run_whose_states_are_all_damaged_does_not_begin_anew_unasked(tmp_path):
+    paths = [save_state(tmp_path, nimg, {'nimg': nimg}) for nimg in (1, 2)]
+    for path in paths:
+        path.write_bytes(b'garbage')
+    for _ in range(2):  # Nor when the command is run once more.
+        with pytest.raises(StateError, match='all 2 states are damaged; --fresh'):
+            load_newest(tmp_path, lambda text: None)
+    assert all(path.exists() for path in paths)
+
+
+def test_a_disk_that_cannot_be_read_for_now_is_no_damage(tmp_path):
+    path = save_state(tmp_path, 1, {'nimg': 1})
+    save_state(tmp_path, 0, {'nimg': 0})
+    path.unlink()
+    path.mkdir()  # Reading it raises an OSError.
+    with pytest.raises(OSError, match='directory'):
+        load_newest(tmp_path, lambda text: None)
 
 
 @pytest.mark.parametrize('data', [b'', b'garbage', b'PK\x03\x04', pickle.dumps({'a': 1}, protocol=2)])

@@ -9,6 +9,7 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,17 @@ def test_data_that_vanish_stop_the_run_with_its_state(data, tmp_path, monkeypatc
     monkeypatch.setattr(HeadDataset, 'camera_and_mesh', read)
     assert loop.train(config, Ranks()) == ''
     assert newest_nimg(folder) == ITERATIONS * BATCH
+
+
+def test_a_fault_ends_the_process_though_loaders_run(data, tmp_path):
+    """Loaders leave signals alone, and Python waits for child processes at its end: they have to be gone by then."""
+    copy = tmp_path / 'packed'
+    shutil.copytree(data, copy)
+    with started(command(copy, tmp_path / 'runs', '--workers=2', '--kimg=100')) as process:
+        wait_for_states(tmp_path / 'runs', BATCH)
+        os.truncate(copy / 'images.zip', 1000)  # Every picture from now on.
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'Error: reading data failed' in text, text
 
 
 def test_a_dead_loader_is_told_in_one_line(data, tmp_path):

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 T = TypeVar('T')
 PATIENCE = datetime.timedelta(days=1)  # How long the others wait while the first process checks data; death ends it.
-VARIABLES = {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}  # As torchrun sets them; a run of one otherwise.
+VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')  # As torchrun sets them.
+NETWORK_ERROR = re.compile('gloo|nccl|timed out|connection|socket', re.IGNORECASE)
 LOST_STATUS = 4  # Exit status of a process that lost contact with the others.
 SIGNAL_OFFSET = 128  # Exit status of a process ended by signal 0, as shells count.
 MONITOR_S = 0.2  # Seconds between two looks of the launcher at its processes.
@@ -76,16 +77,19 @@ class Ranks:
         Its errors are raised there, and ToldElsewhereError in the others.
         """
         outcome: list[Any] = [None, None]
+        failure = None
         if self.is_first:
             try:
                 outcome[0] = action()
             except Exception as error:  # Whatever it is, the others must not wait for it.
-                outcome[1] = error
+                failure, outcome[1] = error, str(error)
         if self.size > 1:
-            with self._explaining('the start, while the first process reads files'):
+            with self._explaining('the work of the first process on files'):
                 dist.broadcast_object_list(outcome, src=0, group=self._patient)
+        if failure is not None:
+            raise failure
         if outcome[1] is not None:
-            raise outcome[1] if self.is_first else ToldElsewhereError(str(outcome[1]))
+            raise ToldElsewhereError(outcome[1])
         return outcome[0]
 
     def share(self, content: Any) -> Any:
@@ -106,6 +110,13 @@ class Ranks:
                     tensors.append(moved.cpu())
         return content if self.is_first else _lower(skeleton, tensors)
 
+    def check_same(self, name: str, digest: str) -> None:
+        """Raise RuntimeError, in all processes, unless all have the same hexadecimal digest."""
+        number = int(digest[:12], 16)  # A float64 holds so much exactly.
+        highest, lowest = self.agree([number, -number])
+        if highest != -lowest:
+            raise RuntimeError(f'{name}: the processes of this run, on their machines, do not have the same')
+
     def check_equal(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
         """Raise RuntimeError unless all processes hold the same tensors, bit for bit."""
         if self.size == 1:
@@ -124,6 +135,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not NETWORK_ERROR.search(str(error)):
+                raise  # Something else went wrong while waiting.
             time.sleep(LINGER_S)
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             reason = re.sub(r'^\[\S+\] ', '', first_line).partition('. ')[0]  # Without the place in the source.
@@ -176,7 +189,8 @@ def joined(device_type: str, timeout_s: float) -> Iterator[Ranks]:
     device_type: 'cuda' (device number LOCAL_RANK, NCCL) or 'cpu' (gloo). timeout_s: how long a collective may take.
     Raises RuntimeError where there are fewer devices than processes.
     """
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in VARIABLES.items())
+    # Clusters set some of the variables for purposes of their own.
+    rank, size, local = (int(os.environ[name]) for name in VARIABLES) if is_launched() else (0, 1, 0)
     device = torch.device(device_type, local) if device_type == 'cuda' else torch.device('cpu')
     if device_type == 'cuda':
         if local >= torch.cuda.device_count():

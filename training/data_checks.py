@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
@@ -250,8 +252,12 @@ def _look_at_all(files, workers) -> Iterator[_Seen]:
         return
     workers = max(1, min(workers, -(-len(indices) // CHUNK)))
     # Forked: they only read files, and spawned ones would each import torch anew.
-    with multiprocessing.get_context('fork').Pool(workers, _set_files, [files]) as pool:
-        yield from pool.imap(_look_at_index, indices, chunksize=CHUNK)
+    context = multiprocessing.get_context('fork')
+    with ProcessPoolExecutor(workers, context, _set_files, (files,)) as pool:
+        try:
+            yield from pool.map(_look_at_index, indices, chunksize=CHUNK)
+        except BrokenProcessPool:
+            raise DatasetError('checking the data: a process was ended (out of memory?)') from None
 
 
 _files = None

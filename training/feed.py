@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which items each iteration takes, and their loading ahead of need: functions of the seed and the iteration alone."""
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -120,14 +121,29 @@ def _patiently(read, index):
     return read(index)
 
 
-def iterations(items: IterationItems, start: int, end: int, workers: int, pin_memory: bool) -> Iterator[IterationData]:
-    """Yield iterations start to end - 1 with tensors in place of arrays, loaded ahead by worker processes (0: none)."""
+@contextlib.contextmanager
+def iterations(
+    items: IterationItems, start: int, end: int, workers: int, pin_memory: bool
+) -> Iterator[Iterator[IterationData]]:
+    """Give an iterator over iterations start to end - 1 with tensors in place of arrays.
+
+    They are loaded ahead by worker processes (0: none), which are gone after the block.
+    """
     ahead = dict(prefetch_factor=PREFETCH, multiprocessing_context='fork') if workers else {}
     loader = DataLoader(
         items, batch_size=None, sampler=range(start, end), num_workers=workers, pin_memory=pin_memory,
         worker_init_fn=_set_up_worker, **ahead,
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if workers:
+            # The loader ends them when it is forgotten, which an error's traceback puts off; and Python, at its own
+            # end, would wait for processes that ignore SIGTERM.
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
 
 
 def _set_up_worker(_number):

@@ -18,7 +18,7 @@ import legacy
 from geometry.meshes import read_obj
 from geometry.mirror import vertex_mirror
 from torch_utils import custom_ops
-from torch_utils.distributed import RankLostError, Ranks, ToldElsewhereError
+from torch_utils.distributed import RankLostError, Ranks, ToldElsewhereError, is_launched
 from torch_utils.training_stats import Collector
 from training import checkpoint, evaluation
 from training.data_checks import check_before_training
@@ -27,7 +27,8 @@ from training.feed import IterationItems, iterations
 from training.pictures import SheetMaker, save_sheet
 from training.report import Clock, Reporter, status_line, warn
 from training.run_dir import RunError, abandon, locked, open_run
-from training.state import list_states, load_newest, save_state
+from training.state import StateError, list_states, load_newest, save_state
+from training.topology import MASK_NAME
 from training.train_config import TrainConfig
 from training.trainer import Trainer, new_networks
 from training.warm_start import describe, warm_start
@@ -39,11 +40,12 @@ PLUGINS = ('rasterize', 'fill_holes')
 
 
 class StopRequest:
-    """Becomes true at SIGTERM or SIGINT, or when the process that started this one is gone."""
+    """Holds the signal that the run is to stop by: SIGTERM or SIGINT, or SIGTERM when its launcher is gone; else 0."""
 
     def __init__(self):
-        self.reason = ''
-        self._parent = os.getppid()
+        self._signal = 0
+        # Alone, the parent may be a login shell that ends with the session: no reason to stop.
+        self._parent = os.getppid() if is_launched() else None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator['StopRequest']:
@@ -55,17 +57,23 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def __bool__(self):
-        if not self.reason and os.getppid() != self._parent:
-            self.reason = 'the end of the process that started it'
-        return bool(self.reason)
+    @property
+    def signal(self) -> int:
+        """The number of the signal, or 0."""
+        is_orphan = self._parent is not None and os.getppid() != self._parent
+        return self._signal or (int(signal.SIGTERM) if is_orphan else 0)
 
     def _note(self, number, _frame):
-        self.reason = signal.Signals(number).name
+        self._signal = int(number)
 
 
 class ReadError(DatasetError):
     """Data that could be read at the start could not be read later; told by the process that it happened to."""
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: in containers fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def compile_plugins() -> None:
@@ -74,10 +82,10 @@ def compile_plugins() -> None:
         custom_ops.plugin_problem(name)
 
 
-def train(config: TrainConfig, ranks: Ranks, fresh: bool = False) -> str:
+def train(config: TrainConfig, ranks: Ranks, fresh: bool = False) -> int:
     """Train as configured, in all processes of a run together; go on where an earlier run of it was cut off.
 
-    fresh: begin anew. Returns '' at the end of the run, or what stopped it before. Raises DatasetError, RunError,
+    fresh: begin anew. Returns 0 at the end of the run, or the number of the signal that stopped it before. Raises DatasetError, RunError,
     legacy.NetworkFileError, geometry.meshes.MeshFileError or OSError for what users can mend, ToldElsewhereError where
     another process does so, RankLostError where one is gone.
     """
@@ -98,7 +106,7 @@ class Session:
         self.config, self.ranks, self.data, self.folder, self.stop = config, ranks, data, folder, stop
         self.stats = Collector()
         self.reporter = self.sheets = None
-        self.clock, self.snapshot_nimg = Clock(), 0
+        self.clock, self.snapshot_nimg, self.evaluated_nimg = Clock(), 0, 0
         self._start = None  # What the first process found to start from, until all have it.
         self.trainer = Trainer(config, new_networks(config), ranks, self.stats)
         origin = ranks.first_alone(self._starting_point)
@@ -108,78 +116,80 @@ class Session:
         if ranks.is_first:
             self.reporter = Reporter(folder, self.trainer.nimg)
             self.sheets = SheetMaker(data, config.generator.z_dim, config.seed, config.batch_gpu, ranks.device)
-            self._introduce(origin)
+        ranks.first_alone(functools.partial(self._introduce, origin))
 
-    def run(self) -> str:
+    def run(self) -> int:
         """Train until the configured number of images, a signal, or a fault; the state is saved in each case."""
-        feed = self._feed()
-        while True:
-            data, fault = _next(feed)
-            if data is None and fault is None:
-                break  # In all processes: they take the same number of iterations.
-            reason = self._agree(fault)
-            if reason:
-                return reason
-            self._step(data)
-            if self.trainer.nimg >= self._next_tick_nimg():
-                self._end_tick()
-                if self._tick % self.config.snap == 0:
-                    self._snapshot()
-        if self.tick_nimg < self.trainer.nimg:
-            self._end_tick()
-        if self.snapshot_nimg < self.trainer.nimg:
-            self._snapshot(is_last=True)
-        self._say(f'Finished at kimg {self.trainer.nimg / 1000:.3f}: {self.folder}')
-        return ''
-
-    def _step(self, data):
+        if self.evaluated_nimg < self.snapshot_nimg == self.trainer.nimg:
+            self._evaluate()  # The run was cut off while it did.
         try:
-            self.trainer.step(data)
+            with self._feed() as feed:
+                number = self._iterate(feed)
         except RuntimeError as error:
             if 'DataLoader worker' not in str(error):
                 raise
             # Its death interrupts whatever runs: the iteration is lost, not the run.
             reason = str(error).splitlines()[0].strip()
             raise ReadError(f'a process that loads data was ended ({reason}); {self._what_is_kept()}') from error
+        kimg = self.trainer.nimg / 1000
+        if number:
+            name = signal.Signals(number).name
+            self._say(f'Stopped at kimg {kimg:.3f} by {name}; the same command goes on from the newest state')
+            return number
+        if self.tick_nimg < self.trainer.nimg:
+            self._end_tick()
+        if self.snapshot_nimg < self.trainer.nimg:
+            self._snapshot(is_last=True)
+        self._say(f'Finished at kimg {kimg:.3f}: {self.folder}')
+        return 0
 
     def _feed(self):
         config, trainer = self.config, self.trainer
         items = IterationItems(self.data, trainer.plan, config.seed, trainer.intervals, config.disc_render is not None)
-        workers = min(config.workers, os.cpu_count() or 1)
+        workers = min(config.workers, available_cores())
         is_pinned = self.ranks.device.type == 'cuda'
         return iterations(items, trainer.iteration, config.num_iterations, workers, is_pinned)
 
+    def _iterate(self, feed):
+        """Run the iterations that are left; return the signal to stop by, or 0 at their end."""
+        while True:
+            data, fault = _next(feed)
+            if data is None and fault is None:
+                return 0  # In all processes: they take the same number of iterations.
+            number = self._agree(fault)
+            if number:
+                return number
+            self.trainer.step(data)
+            if self.trainer.nimg >= self._next_tick_nimg():
+                snapshots_before = self._num_ticks(self.tick_nimg) // self.config.snap
+                self._end_tick()
+                if self._num_ticks(self.trainer.nimg) // self.config.snap > snapshots_before:
+                    self._snapshot()
+
     def _agree(self, fault):
-        """Let all processes agree, before an iteration, on saving and stopping; return why to stop, or ''."""
-        is_look = self.trainer.iteration % CHECK_EVERY == 0
-        bad = int(self.trainer.bad_iterations) if is_look else 0
+        """Let all processes agree, before an iteration, on saving and stopping; return the signal to stop by, or 0."""
         minutes = (time.monotonic() - self.last_save) / 60
         is_due = self.ranks.is_first and 0 < self.config.save_minutes <= minutes
-        stops, faults, bad, is_due = self.ranks.agree([bool(self.stop), fault is not None, bad, is_due])
-        if bad >= self.config.patience:
-            raise RunError(f'the loss was not finite in the last {int(bad)} iterations; {self._what_is_kept()}')
-        if stops or faults or is_due:
-            self._save_state(must_succeed=bool(stops or faults))
+        number, faults, is_due = self.ranks.agree([self.stop.signal, fault is not None, is_due])
+        if self.trainer.iteration % CHECK_EVERY == 0:
+            bad = int(self.trainer.bad_iterations)  # Equal in all processes.
+            if bad >= self.config.patience:
+                raise RunError(f'the loss was not finite in the last {bad} iterations; {self._what_is_kept()}')
+        if number or faults or is_due:
+            self._save_state(must_succeed=bool(number or faults))
         if fault is not None:
             raise fault
         if faults:
             raise ToldElsewhereError('another process could not read its data')
-        if stops:
-            reason = self.stop.reason or 'another process'
-            kimg = self.trainer.nimg / 1000
-            self._say(f'Stopped at kimg {kimg:.3f} by {reason}; the same command goes on from there')
-            return reason
-        return ''
+        return int(number)
 
-    @property
-    def _tick(self):
-        """How many ticks have ended by now."""
-        return int(self.trainer.nimg / (self.config.tick_kimg * 1000) + 1e-9)
+    def _num_ticks(self, nimg):
+        """Return how many ticks have ended after so many images."""
+        return int(nimg / (self.config.tick_kimg * 1000) + 1e-9)
 
     def _next_tick_nimg(self):
         """Return after how many images the tick ends that has begun."""
-        tick = self.config.tick_kimg * 1000
-        return (int(self.tick_nimg / tick + 1e-9) + 1) * tick
+        return (self._num_ticks(self.tick_nimg) + 1) * self.config.tick_kimg * 1000
 
     def _end_tick(self):
         """Report on the tick: one reduction of all statistics."""
@@ -188,7 +198,7 @@ class Session:
         seconds = self.clock.end_tick()
         if self.ranks.is_first:
             line, numbers = status_line(
-                self._tick, nimg, self.config.kimg, nimg - self.tick_nimg, seconds, self.clock, self.ranks.device
+                self._num_ticks(nimg), nimg, self.config.kimg, nimg - self.tick_nimg, seconds, self.clock, self.ranks.device
             )
             if self.trainer.augment is not None:
                 line += f'  augment {self.trainer.augment.p:.3f}'
@@ -206,18 +216,26 @@ class Session:
         """Write the networks, pictures and the state, and evaluate the metrics."""
         with self.clock.elsewhere():
             self._check_weights()
-            nimg = self.snapshot_nimg = self.trainer.nimg
-            path = self.folder / f'network-snapshot-{nimg // 1000:06d}.pkl'
-            networks = self.trainer.snapshot()
-            if self.ranks.is_first:
-                self.reporter.attempt(path.name, lambda: checkpoint.save_snapshot(path, networks))
-                self._draw(f'fakes{nimg // 1000:06d}')
+            self.snapshot_nimg = self.trainer.nimg
+            self.ranks.first_alone(self._write_snapshot)
             self._save_state(must_succeed=is_last)
-            for name in self.config.metrics:
-                given = evaluation.Evaluation(networks['G_ema'], self.data, self.ranks, nimg)
-                results = evaluation.evaluate(name, given)
-                if self.ranks.is_first:
-                    self.reporter.metric(name, results, nimg, path.name)
+            self._evaluate()
+
+    def _write_snapshot(self):
+        path = self._snapshot_path()
+        self.reporter.attempt(path.name, lambda: checkpoint.save_snapshot(path, self.trainer.snapshot()))
+        self._draw(f'fakes{self.snapshot_nimg // 1000:06d}')
+
+    def _snapshot_path(self):
+        return self.folder / f'network-snapshot-{self.snapshot_nimg // 1000:06d}.pkl'
+
+    def _evaluate(self):
+        for name in self.config.metrics:
+            given = evaluation.Evaluation(self.trainer.networks.G_ema, self.data, self.ranks, self.trainer.nimg)
+            results = evaluation.evaluate(name, given)
+            if self.ranks.is_first:
+                self.reporter.metric(name, results, self.trainer.nimg, self._snapshot_path().name)
+        self.evaluated_nimg = self.trainer.nimg
 
     def _draw(self, name):
         sheets = self.sheets.fakes(self.trainer.networks.G_ema, self.trainer.rendering_resolution)
@@ -234,22 +252,27 @@ class Session:
             raise RunError(f'{error}; {self._what_is_kept()}') from error
 
     def _save_state(self, must_succeed):
-        """Write the state; a disk that refuses it ends the run only where the run ends anyway."""
+        """Write the state, unless the loss is not finite just now: then the one before is worth more."""
         with self.clock.elsewhere():
             self._check_weights()
             self.trainer.gather()
             self.stats.gather(self._sum_statistics, self.ranks.is_first)
             self.last_save = time.monotonic()
-            if not self.ranks.is_first:
-                return
-            try:
-                save_state(self.folder, self.trainer.nimg, self._state())
-            except OSError as error:
-                kimg, why = self.trainer.nimg / 1000, error.strerror or error
-                text = f'the state at kimg {kimg:.3f} could not be saved ({why})'
-                if must_succeed:
-                    raise RunError(f'{text}; {self._what_is_kept()}') from error
-                self.reporter.complain(f'{text}; training goes on, {self._what_is_kept()}')
+            if int(self.trainer.bad_iterations) == 0:
+                self.ranks.first_alone(functools.partial(self._write_state, must_succeed))
+            elif self.ranks.is_first:
+                self.reporter.complain(f'state not saved: the loss is not finite; {self._what_is_kept()}')
+
+    def _write_state(self, must_succeed):
+        """A disk that refuses the state ends the run only where the run ends anyway."""
+        try:
+            save_state(self.folder, self.trainer.nimg, self._state())
+        except OSError as error:
+            kimg, why = self.trainer.nimg / 1000, error.strerror or error
+            text = f'the state at kimg {kimg:.3f} could not be saved ({why})'
+            if must_succeed:
+                raise RunError(f'{text}; {self._what_is_kept()}') from error
+            self.reporter.complain(f'{text}; training goes on, {self._what_is_kept()}')
 
     def _what_is_kept(self):
         states = list_states(self.folder)
@@ -259,20 +282,23 @@ class Session:
         return {
             'format': STATE_FORMAT,
             'version': STATE_VERSION,
-            'options': self.config.digest(),
             'elapsed_s': self.clock.elapsed_s,
             'snapshot_nimg': self.snapshot_nimg,
+            'evaluated_nimg': self.evaluated_nimg,
             'stats': self.stats.state_dict(),
             'trainer': self.trainer.state_dict(),
         }
 
     def _starting_point(self):
         """Find the state to start from, in the first process; return what to say of it."""
-        found = load_newest(self.folder, warn)
+        try:
+            found = load_newest(self.folder, warn)
+        except StateError as error:
+            raise RunError(str(error)) from error
         if found is not None:
             path, self._start = found
-            if self._start.get('options') != self.config.digest() or self._start.get('version') != STATE_VERSION:
-                raise RunError(f'{path}: expected a state of this run, found one with other options; use --fresh')
+            if (self._start.get('format'), self._start.get('version')) != (STATE_FORMAT, STATE_VERSION):
+                raise RunError(f'{path}: expected a state of this version of the project; use --fresh')
             return f'Going on from {path.name}'
         text = 'Starting from random weights'
         if self.config.resume is not None:
@@ -294,7 +320,7 @@ class Session:
     def _restore(self, state):
         self.trainer.load_state_dict(state['trainer'])
         self.clock = Clock(state['elapsed_s'])
-        self.snapshot_nimg = state['snapshot_nimg']
+        self.snapshot_nimg, self.evaluated_nimg = state['snapshot_nimg'], state['evaluated_nimg']
         self.stats.load_state_dict(state['stats'], self.ranks.is_first)
 
     def _introduce(self, origin):
@@ -342,12 +368,27 @@ def _open_data(config, ranks):
     source = open_source(config.data, config.rdata, config.with_expressions)
     radius = config.generator.avg_camera_radius
     check = functools.partial(
-        check_before_training, source, num_vertices, config.resolution, os.cpu_count() or 1,
+        check_before_training, source, num_vertices, config.resolution, available_cores(),
         position=(radius - POSITION_MARGIN, radius + POSITION_MARGIN),
     )
     ranks.first_alone(check)
     partner = vertex_mirror(template.vertices) if config.mirror else None
     data = HeadDataset(source, num_vertices, config.resolution, partner, config.label_length)
-    labels = np.ascontiguousarray(source.labels).tobytes()
-    digest = hashlib.sha256(json.dumps(source.names).encode() + labels).hexdigest()
+    digest = _digest(config, source)
+    try:
+        ranks.check_same(f'{config.data} and {config.topology_path}', digest)
+    except RankLostError:
+        raise
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
     return data, digest
+
+
+def _digest(config, source):
+    """Return a hash of what a run takes from files: names and labels, the template and its mask."""
+    template = pathlib.Path(config.topology_path)
+    digest = hashlib.sha256(json.dumps(source.names).encode())
+    digest.update(np.ascontiguousarray(source.labels).tobytes())
+    for path in (template, template.with_name(MASK_NAME)):
+        digest.update(path.read_bytes() if path.exists() else b'none')
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -19,12 +20,18 @@ LOG_FILE, STATS_FILE = 'log.txt', 'stats.jsonl'
 
 def say(text: str) -> None:
     """Print a line at once."""
-    print(text, flush=True)
+    _print(text, sys.stdout)
+
+
+def _print(text, stream):
+    """Print at once; where the stream's disk is full or its reader gone, training has to go on."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning at once, on standard error."""
-    print(f'Warning: {text}', file=sys.stderr, flush=True)
+    _print(f'Warning: {text}', sys.stderr)
 
 
 class Reporter:
@@ -45,7 +52,7 @@ class Reporter:
 
     def statistics(self, values: dict[str, Statistic], nimg: int, extra: dict[str, float]) -> None:
         """Write one line of stats.jsonl and the same numbers to TensorBoard."""
-        entries = {name: value._asdict() for name, value in values.items()}
+        entries = {name: _finite(value._asdict()) for name, value in values.items()}
         self._append(STATS_FILE, json.dumps({'nimg': nimg, 'timestamp': time.time(), **extra, **entries}))
         scalars = {**extra, **{name: value.mean for name, value in values.items() if value.count}}
         self._scalars(scalars, nimg)
@@ -197,18 +204,20 @@ def _duration(seconds):
     return ' '.join(parts + [f'{seconds}s'] * (days + hours == 0))
 
 
+def _finite(numbers):
+    """Return numbers by name with None, JSON's null, for those that JSON cannot hold."""
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
 def _cut_stats(path, nimg):
-    """Drop the lines of images after `nimg`, and a last line that was cut off."""
+    """Drop the lines of images after `nimg`, and those that a full disk or a power failure broke."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        try:
-            if json.loads(line)['nimg'] > nimg:
-                break
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-        kept.append(line + '\n')
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            if json.loads(line)['nimg'] <= nimg:
+                kept.append(line + '\n')
     temporary = path.with_name('.tmp-stats')
     temporary.write_text(''.join(kept), encoding='utf-8')
     os.replace(temporary, path)

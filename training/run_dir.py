@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 from dnnlib.util import atomic_write
+from training.report import warn
 from training.state import list_states, remove_leftovers
 from training.train_config import TrainConfig
 
@@ -40,12 +41,13 @@ def open_run(config: TrainConfig, data_digest: str, fresh: bool) -> pathlib.Path
             return folder
     for folder in candidates:
         if config.desc and list_states(folder):
-            differences = _differences(folder, config, data_digest)
-            more = ', …' if len(differences) > MAX_DIFFERENCES else ''
             raise RunError(
                 f'--desc={config.desc}: {folder} was trained with other options '
-                f'({", ".join(differences[:MAX_DIFFERENCES])}{more}); give another --desc, or --fresh'
+                f'({_listed(_differences(folder, config, data_digest))}); give another --desc, or --fresh'
             )
+    for folder in candidates[:1]:
+        if list_states(folder):
+            warn(f'{folder} is left alone, a new run begins: {_listed(_differences(folder, config, data_digest))}')
     return _new_folder(outdir, config, data_digest)
 
 
@@ -53,18 +55,28 @@ def open_run(config: TrainConfig, data_digest: str, fresh: bool) -> pathlib.Path
 def locked(folder: pathlib.Path) -> Iterator[None]:
     """Hold the run against other processes and clear away what killed ones left; RunError where one trains in it."""
     with open(folder / LOCK_FILE, 'a+', encoding='utf-8') as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or 'unknown'
-                raise RunError(f'{folder}: process {holder} trains in it; stop that, or use --fresh') from None
+        if not _try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or 'unknown'
+            raise RunError(f'{folder}: process {holder} trains in it; stop that, or use --fresh') from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         remove_leftovers(folder)
         yield
+
+
+def _try_lock(file):
+    """Tell whether the lock was free; file systems without locks count as free."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Of the process, unlike flock: no child of it holds on.
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        warn(f'{file.name}: cannot be locked ({error.strerror}); make sure that nothing else trains there')
+    return True
 
 
 def abandon(folder: pathlib.Path) -> None:
@@ -96,6 +108,10 @@ def _differences(folder, config, data_digest):
     changed = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
     different = [f'{name} {there.get(name)} there, {here.get(name)} now' for name in changed]
     return different + (['other data'] if data != data_digest else [])
+
+
+def _listed(differences):
+    return ', '.join(differences[:MAX_DIFFERENCES]) + (', …' if len(differences) > MAX_DIFFERENCES else '')
 
 
 def _flatten(data, prefix=''):

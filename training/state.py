@@ -18,7 +18,11 @@ DIGEST_LETTERS = 16  # Hexadecimal letters of SHA-256 in the name.
 NAME = re.compile(r'training-state-(\d{12})-([0-9a-f]{16})\.pt')
 _BLOCK_BYTES = 1 << 22
 # What reading a damaged file raises.
-DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGE = (EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class StateError(ValueError):
+    """No state of a run can be used though there are some."""
 
 
 def save_state(folder: pathlib.Path, nimg: int, content: dict[str, Any]) -> pathlib.Path:
@@ -53,19 +57,28 @@ def list_states(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load_newest(folder: pathlib.Path, warn: Callable[[str], None]) -> tuple[pathlib.Path, dict[str, Any]] | None:
-    """Return path and content of the newest state that is whole, or None; `warn` is told of those that are not.
+    """Return path and content of the newest state that is whole, or None where there are no states.
 
-    Nothing in a file is executed: only tensors and plain data are read.
+    Nothing in a file is executed: only tensors and plain data are read. Damaged files that are newer than a whole one
+    are renamed to NAME.damaged, and `warn` is told. Raises StateError where all are damaged, OSError where one cannot
+    be read for now.
     """
-    for path in list_states(folder):
+    states = list_states(folder)
+    for number, path in enumerate(states):
         try:
             found = _hash_file(path)
             if found != NAME.fullmatch(path.name)[2]:
                 raise ValueError(f'its bytes hash to {found}')
-            return path, torch.load(path, map_location='cpu', weights_only=True)
+            content = torch.load(path, map_location='cpu', weights_only=True)
         except DAMAGE as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warn(f'{path.name} is damaged and left aside ({reason})')
+            continue
+        for damaged in states[:number]:  # Out of the way of the states to come, which are older by their names.
+            damaged.rename(damaged.with_name(damaged.name + '.damaged'))
+        return path, content
+    if states:
+        raise StateError(f'{folder}: all {len(states)} states are damaged; --fresh begins anew')
     return None
 
 

@@ -339,6 +339,6 @@ def _check(s):
 
 
 def _usual_batch_gpu(number, group):
-    """Return the most images at a time, up to MAX_BATCH_GPU, in whole groups of the discriminator where possible."""
-    fitting = [n for n in range(1, min(number, MAX_BATCH_GPU) + 1) if number % n == 0]
-    return max(fitting, key=lambda n: (n % group == 0, n), default=1)
+    """Return the most images at a time, up to MAX_BATCH_GPU, of which the discriminator makes whole groups."""
+    fitting = [n for n in range(1, min(number, MAX_BATCH_GPU) + 1) if number % n == 0 and n % min(group, n) == 0]
+    return max(fitting, default=1)

@@ -201,7 +201,7 @@ class Trainer:
     def _report(self, name, values):
         self.stats.report(name, values)
         torch.maximum(self._is_bad, (~values.detach().isfinite()).any(), out=self._is_bad)
-        if name == 'Loss/signs/real':
+        if name == 'Loss/signs/real' and self.config.augment == 'ada':
             self._signs += torch.stack([values.detach().sum(), torch.ones_like(values).sum()])
 
     def _reals_on_device(self, reals):
@@ -246,12 +246,17 @@ class Trainer:
         return GeneratorInput(z, label, mesh)
 
     def _reduce_gradients(self, name, parameters):
-        """Average over processes in one flat reduction; NaN becomes 0, infinity LARGEST_GRADIENT, both counted."""
+        """Average over processes in one flat reduction; NaN becomes 0, infinity LARGEST_GRADIENT, both counted.
+
+        With them goes whether a loss was not finite, so that all processes count the same iterations as bad.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
-        flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat = torch.cat([*(g.reshape(-1) for g in gradients), self._is_bad.reshape(1)])
         self.ranks.sum_(flat, f"the reduction of {name}'s gradients")
+        flat, is_bad_somewhere = flat[:-1], flat[-1] > 0
+        self._is_bad.copy_(is_bad_somewhere)
         self.stats.report(f'Gradients/nonfinite/{name}', (~flat.isfinite()).sum())
         torch.nan_to_num(flat, nan=0.0, posinf=LARGEST_GRADIENT, neginf=-LARGEST_GRADIENT, out=flat)
         pieces = flat.split([g.numel() for g in gradients])
