@@ -74,7 +74,7 @@ class TimedTrainer(Trainer):
 
 
 class BucketTrainer(TimedTrainer):
-    """The alternative to one flat reduction: buckets in the order of backward, each reduced when its gradients are final.
+    """The alternative to one flat reduction: buckets in the order of backward, each sent when its gradients are final.
 
     How often a parameter's gradient is added to in a phase is counted in the phase's first run, which reduces flat.
     """

@@ -242,7 +242,7 @@ def test_iteration(networks, demo_meshes):
         assert set(recorder.reports[phase]) == set(expected['reports'])
         for name, values in expected['reports'].items():
             agrees(f'training, iteration, {phase}: losses', recorder.reports[phase][name].flatten(), values, 'image')
-        check_norms(f'training, iteration, {phase}: steps', recorder.steps[phase], expected['step_norms'], 'gradient')
+        check_norms(f'training, iteration, {phase}: steps', recorder.steps[phase], expected['step_norms'], 'step')
         check_norms(f'training, iteration, {phase}: weights', recorder.norms[phase], expected['param_norms'], 'op')
     average = {name: p.norm().item() for name, p in trainer.networks.G_ema.named_parameters()}
     check_norms('training, iteration: averaged weights', average, info['ema']['param_norms'], 'op')

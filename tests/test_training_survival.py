@@ -152,7 +152,7 @@ def test_two_processes_survive_kills_at_random_moments(data, tmp_path, uninterru
                 for run in (quiet, tmp_path / 'killed')]
     for name in ('G', 'D', 'G_ema'):
         assert_equal(*(dict(n[name].state_dict()) for n in networks))
-    # One process with the same micro-batches computes the same losses; later ones differ by what Adam makes of rounding.
+    # One process with the same micro-batches has the same losses; later ones differ by what Adam makes of rounding.
     for number, tolerance in ((0, 1e-5), (ITERATIONS - 1, 2e-2)):
         one, two = (losses(run, number) for run in (uninterrupted[1], quiet))
         assert one.keys() == two.keys() and len(one) >= 6
@@ -293,7 +293,7 @@ def test_data_that_vanish_stop_the_run_with_its_state(data, tmp_path, monkeypatc
     saved = newest_nimg(folder)
     assert 0 < saved < ITERATIONS * BATCH
     monkeypatch.setattr(HeadDataset, 'camera_and_mesh', read)
-    assert loop.train(config, Ranks()) == ''
+    assert loop.train(config, Ranks()) == 0
     assert newest_nimg(folder) == ITERATIONS * BATCH
 
 

@@ -160,10 +160,10 @@ class Session:
             if number:
                 return number
             self.trainer.step(data)
-            if self.trainer.nimg >= self._next_tick_nimg():
-                snapshots_before = self._num_ticks(self.tick_nimg) // self.config.snap
+            before, now = self._num_ticks(self.tick_nimg), self._num_ticks(self.trainer.nimg)
+            if now > before:
                 self._end_tick()
-                if self._num_ticks(self.trainer.nimg) // self.config.snap > snapshots_before:
+                if now // self.config.snap > before // self.config.snap:
                     self._snapshot()
 
     def _agree(self, fault):
@@ -186,10 +186,6 @@ class Session:
     def _num_ticks(self, nimg):
         """Return how many ticks have ended after so many images."""
         return int(nimg / (self.config.tick_kimg * 1000) + 1e-9)
-
-    def _next_tick_nimg(self):
-        """Return after how many images the tick ends that has begun."""
-        return (self._num_ticks(self.tick_nimg) + 1) * self.config.tick_kimg * 1000
 
     def _end_tick(self):
         """Report on the tick: one reduction of all statistics."""
