@@ -61,6 +61,7 @@ def main():
     parser.add_argument('--count', type=int, default=2000, help='toy heads')
     parser.add_argument('--workers', type=int, default=2, help='processes that draw them')
     parser.add_argument('--evaluate-only', action='store_true')
+    parser.add_argument('--every', type=int, default=1, help='measure each so-manyth snapshot, from the first on')
     parser.add_argument('options', nargs='*', help='further options of train_next3d.py, after --')
     arguments = parser.parse_args()
     data_dir, runs = arguments.out / 'data', arguments.out / 'runs'
@@ -73,17 +74,17 @@ def main():
     if not arguments.evaluate_only:
         command = [sys.executable, ROOT / 'train_next3d.py', f'--outdir={runs}', f'--data={packed}', *arguments.options]
         subprocess.run(command, check=True, cwd=ROOT)
-    evaluate(arguments.out, sorted(runs.iterdir())[-1], HeadDataset(open_source(packed, None)))
+    evaluate(arguments.out, sorted(runs.iterdir())[-1], HeadDataset(open_source(packed, None)), arguments.every)
 
 
-def evaluate(out, run, data):
+def evaluate(out, run, data, every):
     """Write curve.json: the distance of each snapshot, and that of one half of the real pictures to the other."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     count = len(data)
     real = gaussian(reals(data, range(count)))
     halves = [gaussian(reals(data, range(k, count, 2))) for k in range(2)]
     curve = {'halves of the real pictures': frechet(*halves), 'snapshots': {}}
-    for path in sorted(run.glob('network-snapshot-*.pkl')):
+    for path in sorted(run.glob('network-snapshot-*.pkl'))[::every]:
         generator = legacy.load_network_pkl(path, only='G_ema')['G_ema'].to(device)
         kimg = int(path.stem.split('-')[-1])
         curve['snapshots'][kimg] = frechet(gaussian(fakes(generator, data, device, count)), real)

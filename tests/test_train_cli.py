@@ -262,7 +262,7 @@ def test_micro_batches_hold_whole_groups_where_they_can(batch, expected):
         ('--batch=nan', 'nan'),
         ('--gpus=3', 'batch: expected a multiple of the 3'),
         ('--batch_gpu=3', 'divisor of the 4'),
-        ('--mbstd_group=3', 'got 4'),
+        ('--batch_gpu=4 --mbstd_group=3', 'got 4'),
         ('--mbstd_group=0', '0'),
         ('--gamma=-1', 'from 0'),
         ('--gamma=nan', 'from 0'),
@@ -298,7 +298,7 @@ def test_micro_batches_hold_whole_groups_where_they_can(batch, expected):
     ],
 )
 def test_bad_values_give_one_line_that_names_the_flag(data, tmp_path, word, reason):
-    line = refusal(tmp_path, '--cfg=toy', *places(data), '--device=cpu', word)
+    line = refusal(tmp_path, '--cfg=toy', *places(data), '--device=cpu', *word.split(' '))
     assert word.split('=')[0][2:].replace('-', '_') in line.replace('-', '_') and reason in line
 
 

@@ -85,9 +85,9 @@ def compile_plugins() -> None:
 def train(config: TrainConfig, ranks: Ranks, fresh: bool = False) -> int:
     """Train as configured, in all processes of a run together; go on where an earlier run of it was cut off.
 
-    fresh: begin anew. Returns 0 at the end of the run, or the number of the signal that stopped it before. Raises DatasetError, RunError,
-    legacy.NetworkFileError, geometry.meshes.MeshFileError or OSError for what users can mend, ToldElsewhereError where
-    another process does so, RankLostError where one is gone.
+    fresh: begin anew. Returns 0 at the end of the run, or the number of the signal that stopped it before. Raises
+    DatasetError, RunError, legacy.NetworkFileError, geometry.meshes.MeshFileError or OSError for what users can mend,
+    ToldElsewhereError where another process does so, RankLostError where one is gone.
     """
     _set_up_backends(config)
     ranks.first_alone(compile_plugins)
@@ -193,8 +193,9 @@ class Session:
         statistics = self.stats.collect(self._sum_statistics)
         seconds = self.clock.end_tick()
         if self.ranks.is_first:
+            tick, images = self._num_ticks(nimg), nimg - self.tick_nimg
             line, numbers = status_line(
-                self._num_ticks(nimg), nimg, self.config.kimg, nimg - self.tick_nimg, seconds, self.clock, self.ranks.device
+                tick, nimg, self.config.kimg, images, seconds, self.clock, self.ranks.device
             )
             if self.trainer.augment is not None:
                 line += f'  augment {self.trainer.augment.p:.3f}'
