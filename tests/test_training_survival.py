@@ -24,7 +24,7 @@ from parity import ROOT
 import legacy
 from dataset_preprocessing import pack
 from torch_utils.distributed import Ranks
-from training import feed, loop
+from training import evaluation, feed, loop
 from training.dataset import HeadDataset
 from training.run_dir import RunError
 from training.state import list_states
@@ -338,3 +338,22 @@ def members(group):
     rows = subprocess.check_output(['ps', '-e', '-o', 'pgid=,stat=,pid='], text=True).splitlines()
     found = [row.split() for row in rows]
     return [pathlib.Path(pid) for pgid, stat, pid in found if int(pgid) == group and not stat.startswith('Z')]
+
+
+def test_metrics_that_were_cut_off_are_evaluated_when_the_run_goes_on(data, tmp_path, monkeypatch, one_thread):
+    calls = []
+
+    def cut_off_once(given):
+        calls.append(given.nimg)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return {'answer': 42.0}
+
+    monkeypatch.setattr(evaluation, '_METRICS', {'answer': cut_off_once})
+    config = config_for(data, tmp_path, metrics=('answer',), kimg=0.008)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, Ranks())
+    assert loop.train(config, Ranks()) == 0
+    row = json.loads(next(tmp_path.glob('0*/metric-answer.jsonl')).read_text())
+    assert row['results'] == {'answer': 42.0} and row['nimg'] == 8 and calls == [8, 8]
+    assert loop.train(config, Ranks()) == 0 and len(calls) == 2

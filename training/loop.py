@@ -106,7 +106,7 @@ class Session:
         self.config, self.ranks, self.data, self.folder, self.stop = config, ranks, data, folder, stop
         self.stats = Collector()
         self.reporter = self.sheets = None
-        self.clock, self.snapshot_nimg, self.evaluated_nimg = Clock(), 0, 0
+        self.clock, self.snapshot_nimg = Clock(), 0
         self._start = None  # What the first process found to start from, until all have it.
         self.trainer = Trainer(config, new_networks(config), ranks, self.stats)
         origin = ranks.first_alone(self._starting_point)
@@ -120,8 +120,8 @@ class Session:
 
     def run(self) -> int:
         """Train until the configured number of images, a signal, or a fault; the state is saved in each case."""
-        if self.evaluated_nimg < self.snapshot_nimg == self.trainer.nimg:
-            self._evaluate()  # The run was cut off while it did.
+        if self.snapshot_nimg == self.trainer.nimg > 0:
+            self._evaluate()  # The run may have been cut off while it did.
         try:
             with self._feed() as feed:
                 number = self._iterate(feed)
@@ -227,12 +227,14 @@ class Session:
         return self.folder / f'network-snapshot-{self.snapshot_nimg // 1000:06d}.pkl'
 
     def _evaluate(self):
-        for name in self.config.metrics:
-            given = evaluation.Evaluation(self.trainer.networks.G_ema, self.data, self.ranks, self.trainer.nimg)
+        """Evaluate the metrics that the run's files do not have for this snapshot."""
+        nimg, names = self.trainer.nimg, self.config.metrics
+        missing = self.ranks.first_alone(lambda: [name for name in names if not self.reporter.has_metric(name, nimg)])
+        for name in missing:
+            given = evaluation.Evaluation(self.trainer.networks.G_ema, self.data, self.ranks, nimg)
             results = evaluation.evaluate(name, given)
             if self.ranks.is_first:
-                self.reporter.metric(name, results, self.trainer.nimg, self._snapshot_path().name)
-        self.evaluated_nimg = self.trainer.nimg
+                self.reporter.metric(name, results, nimg, self._snapshot_path().name)
 
     def _draw(self, name):
         sheets = self.sheets.fakes(self.trainer.networks.G_ema, self.trainer.rendering_resolution)
@@ -279,9 +281,9 @@ class Session:
         return {
             'format': STATE_FORMAT,
             'version': STATE_VERSION,
+            'options': self.config.digest(),
             'elapsed_s': self.clock.elapsed_s,
             'snapshot_nimg': self.snapshot_nimg,
-            'evaluated_nimg': self.evaluated_nimg,
             'stats': self.stats.state_dict(),
             'trainer': self.trainer.state_dict(),
         }
@@ -296,6 +298,8 @@ class Session:
             path, self._start = found
             if (self._start.get('format'), self._start.get('version')) != (STATE_FORMAT, STATE_VERSION):
                 raise RunError(f'{path}: expected a state of this version of the project; use --fresh')
+            if self._start['options'] != self.config.digest():  # Options that the folder's file lacks have been added.
+                warn(f'{path.name} was written by another version of the project')
             return f'Going on from {path.name}'
         text = 'Starting from random weights'
         if self.config.resume is not None:
@@ -317,7 +321,7 @@ class Session:
     def _restore(self, state):
         self.trainer.load_state_dict(state['trainer'])
         self.clock = Clock(state['elapsed_s'])
-        self.snapshot_nimg, self.evaluated_nimg = state['snapshot_nimg'], state['evaluated_nimg']
+        self.snapshot_nimg = state['snapshot_nimg']
         self.stats.load_state_dict(state['stats'], self.ranks.is_first)
 
     def _introduce(self, origin):

@@ -64,6 +64,11 @@ class Reporter:
         self.say(f'{name}: ' + ', '.join(f'{key} {value:.6g}' for key, value in results.items()))
         self._scalars({f'Metrics/{key}': value for key, value in results.items()}, nimg)
 
+    def has_metric(self, name: str, nimg: int) -> bool:
+        """Tell whether metric-NAME.jsonl has a line for a number of images."""
+        path = self.folder / f'metric-{name}.jsonl'
+        return path.exists() and f'"nimg": {nimg},' in path.read_text(encoding='utf-8', errors='replace')
+
     def attempt(self, what: str, action: Callable[[], Any]) -> None:
         """Do something that writes files; tell of a disk that refuses."""
         try:
