@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 import toy_data
@@ -78,6 +79,25 @@ def finish(line, timeout=120, code=0, **kwargs):
     return text
 
 
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    group: int
+    command: str
+
+
+def processes():
+    """Return the running processes, zombies left out."""
+    found = []
+    for folder in pathlib.Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # It has just ended.
+            state, parent, group = (folder / 'stat').read_text().rpartition(')')[2].split()[:3]
+            command = (folder / 'cmdline').read_bytes().replace(b'\0', b' ').decode(errors='replace')
+            if state != 'Z':
+                found.append(Process(int(folder.name), int(parent), int(group), command))
+    return found
+
+
 def wait_for_states(outdir, count, seconds=60):
     """Wait until a run has written states after so many images."""
     end = time.monotonic() + seconds
@@ -130,9 +150,8 @@ def test_two_processes_survive_kills_at_random_moments(data, tmp_path, uninterru
     line = command(data, tmp_path / 'killed', '--gpus=2')
     with started(line) as process:
         wait_for_states(tmp_path / 'killed', BATCH)
-        children = subprocess.check_output(['ps', '--ppid', str(process.pid), '-o', 'pid=,args='], text=True)
-        ranks = [int(row.split()[0]) for row in children.splitlines() if 'spawn_main' in row]
-        assert len(ranks) == 2, children
+        ranks = [p.pid for p in processes() if p.parent == process.pid and 'spawn_main' in p.command]
+        assert len(ranks) == 2
         begin = time.monotonic()
         os.kill(ranks[1], signal.SIGKILL)
         text, _ = process.communicate(timeout=60)
@@ -312,10 +331,10 @@ def test_a_dead_loader_is_told_in_one_line(data, tmp_path):
     line = command(data, tmp_path)
     with started(line) as process:
         wait_for_states(tmp_path, BATCH)
-        children = subprocess.check_output(['ps', '--ppid', str(process.pid), '-o', 'pid='], text=True).split()
-        for child in map(int, children):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+        for child in processes():
+            if child.parent == process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
         text, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and 'Traceback' not in text, text
     assert re.search(r'Error: .*(loads data was ended|reading data failed)', text), text
@@ -328,16 +347,9 @@ def test_orphaned_processes_stop(data, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         end = time.monotonic() + 30
-        while members(process.pid) and time.monotonic() < end:
+        while (left := [p for p in processes() if p.group == process.pid]) and time.monotonic() < end:
             time.sleep(0.1)
-        assert not members(process.pid)
-
-
-def members(group):
-    """Return the processes of a group that are not zombies."""
-    rows = subprocess.check_output(['ps', '-e', '-o', 'pgid=,stat=,pid='], text=True).splitlines()
-    found = [row.split() for row in rows]
-    return [pathlib.Path(pid) for pgid, stat, pid in found if int(pgid) == group and not stat.startswith('Z')]
+        assert not left
 
 
 def test_metrics_that_were_cut_off_are_evaluated_when_the_run_goes_on(data, tmp_path, monkeypatch, one_thread):
