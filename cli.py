@@ -227,8 +227,3 @@ def naming(path: str | os.PathLike):
 def latent(seed: int, z_dim: int) -> torch.Tensor:
     """Return the latent [1, z_dim] that a seed stands for in all scripts of this family."""
     return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim)).float()
-
-
-def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Return pictures [C, H, W] in [-1, 1] as bytes [H, W, C], rounded down as published."""
-    return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()

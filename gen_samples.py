@@ -15,6 +15,7 @@ import cli
 from dnnlib.util import atomic_path, atomic_write
 from geometry import cameras, shapes
 from training.generator import EG3DGenerator, Planes
+from training.pictures import to_uint8
 
 PUBLISHED_VIEWS = ((0.4, -0.2), (0.0, -0.2), (-0.4, -0.2))  # Yaw and pitch from the frontal camera in radians.
 YAW_RANGE, PITCH = 0.4, -0.2
@@ -141,7 +142,7 @@ def _write_pictures(generator, v, folder, seed, options, bar) -> Planes:
             strip.append(out[name][0])
         bar.update()
     image, depth = (torch.cat(strip, dim=2) for strip in strips.values())
-    _save_png(folder / f'seed{seed:04d}.png', cli.to_uint8(image))
+    _save_png(folder / f'seed{seed:04d}.png', to_uint8(image))
     if options['depth']:
         _save_depth(folder, seed, depth[0].cpu().numpy())
     return planes

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 NUM_LANDMARKS = 68
+WORLD_SCALE, WORLD_SHIFT = 2.5, (0.0, 0.025, 0.0)  # world = scale·mesh + shift; docs/conventions.md.
 LANDMARK_LIMIT = 0.3  # Metres; landmarks in pixels are far above it.
 EXCERPT = 60  # Characters of a line that a message quotes.
 

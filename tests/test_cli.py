@@ -26,6 +26,7 @@ from training.checkpoint import save_snapshot
 from training.config import EG3D_PLANE_AXES, DiscriminatorConfig, EG3DConfig
 from training.discriminator import Discriminator
 from training.generator import EG3DGenerator, Next3DGenerator
+from training.pictures import to_uint8
 from training.volume.render import SamplingConfig
 
 DEMO = parity.ROOT / 'data' / 'demo'
@@ -322,7 +323,7 @@ def test_latents_are_those_of_the_published_scripts():
 def test_bytes_of_pictures_are_rounded_down():
     values = torch.tensor([-2, -1, -0.99999, 0, 0.003, 0.99, 1, 7])
     image = torch.stack([values, values.flip(0), torch.zeros(8)])[:, None]
-    picture = cli.to_uint8(image)
+    picture = to_uint8(image)
     expected = [0, 0, 0, 128, 128, 254, 255, 255]
     assert picture.shape == (1, 8, 3) and picture.dtype == np.uint8
     assert picture[0, :, 0].tolist() == expected and picture[0, :, 1].tolist() == expected[::-1]

@@ -10,6 +10,7 @@ from training.layers import NOISE_MODES
 from training.superresolution import FP16_CLAMP, VARIANTS
 from training.volume.render import SamplingConfig
 
+EXPRESSION_LENGTH = 50  # Numbers of a face's expression that a label may have after the camera's.
 LABEL_LENGTH = 25  # 16 numbers of a cam2world matrix, then 9 of normalised intrinsics.
 NEXT3D_PLANE_AXES = ((0, 1), (0, 2), (2, 1))
 EG3D_PLANE_AXES = ((0, 1), (0, 2), (2, 0))

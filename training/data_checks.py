@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from dnnlib import atomic_write
 from geometry.cameras import CAM2WORLD, INTRINSICS
-from geometry.meshes import LANDMARK_LIMIT, NUM_LANDMARKS, MeshFileError, parse_landmarks, parse_obj_vertices
+from geometry.meshes import (
+    LANDMARK_LIMIT,
+    NUM_LANDMARKS,
+    WORLD_SCALE,
+    WORLD_SHIFT,
+    MeshFileError,
+    parse_landmarks,
+    parse_obj_vertices,
+)
 from training.dataset import (
     EXPRESSION_LENGTH,
     LABEL_FILE,
@@ -37,7 +45,6 @@ from training.files import FileSet
 POSITION = (2.6, 2.8)  # Distance of the cameras from the origin; 2.7 in FFHQ and what follows it.
 FOCAL = (0.5, 10.0)  # Over the picture's side; a value in pixels is far above.
 TOLERANCE = 1e-3  # Of a rotation and of the rows that are constant.
-MESH_SCALE, MESH_SHIFT = 2.5, (0.0, 0.025, 0.0)  # World coordinates of a mesh's, see docs/conventions.md.
 REPROJECTION_LIMIT, REPROJECTION_SIDE = 8.0, 512  # Pixels at this side of the picture.
 MIRROR_ENDING = '_mirror'
 SLICE = 256  # Items whose vertices are in memory at once: 15 MB of FLAME's.
@@ -403,7 +410,7 @@ def _project(label, points):
     """Return where mesh points [n, 3] are seen by a label's camera: [n, 2] in picture sides from the corner."""
     pose = label[CAM2WORLD].reshape(4, 4).astype(np.float64)
     k = label[INTRINSICS].reshape(3, 3).astype(np.float64)
-    world = MESH_SCALE * points + MESH_SHIFT
+    world = WORLD_SCALE * points + WORLD_SHIFT
     seen = (world - pose[:3, 3]) @ pose[:3, :3] @ k.T
     with np.errstate(divide='ignore', invalid='ignore'):  # A bad label, told elsewhere; here its median is no number.
         return seen[:, :2] / seen[:, 2:]

@@ -13,10 +13,10 @@ from PIL import Image, UnidentifiedImageError
 
 from geometry.meshes import NUM_LANDMARKS, MeshFileError, parse_landmarks, parse_obj_vertices
 from geometry.mirror import mirror_label, mirror_mesh
+from training.config import EXPRESSION_LENGTH, LABEL_LENGTH
 from training.files import DatasetError, FileSet
 
 LABEL_FILE, EXPRESSION_FILE = 'dataset.json', 'dataset_exp.json'
-LABEL_LENGTH, EXPRESSION_LENGTH = 25, 50
 # What Pillow raises for files that it cannot read; SyntaxError: a broken PNG.
 PICTURE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp')

@@ -55,6 +55,15 @@ class LossConfig:
         if self.reg_type not in REG_TYPES:
             raise ValueError(f'reg_type: expected one of {REG_TYPES}, got {self.reg_type!r}')
 
+    def rendering_resolution(self, nimg: int) -> int:
+        """Return the side of raw pictures after so many images."""
+        return schedules.rendering_resolution(
+            nimg,
+            self.rendering_resolution_initial,
+            self.rendering_resolution_final,
+            self.rendering_resolution_fade_kimg,
+        )
+
 
 class GeneratorInput(NamedTuple):
     """What one fake picture is made of: z [N, z_dim], label c [N, 25 or more], mesh v [N, V + 68, 3]."""
@@ -159,10 +168,7 @@ class Next3DLoss:
         if track_w:
             self.track_w(ws[:, 0])
         ws = self._mix_styles(ws, conditioning)
-        c = self.config
-        resolution = schedules.rendering_resolution(
-            nimg, c.rendering_resolution_initial, c.rendering_resolution_final, c.rendering_resolution_fade_kimg
-        )
+        resolution = self.config.rendering_resolution(nimg)
         out = self.generator.synthesis(
             ws, fake.c, fake.v, noise_mode='random', neural_rendering_resolution=resolution, depth_jitter='random'
         )
@@ -209,10 +215,7 @@ class Next3DLoss:
         return {'render': self.renderer(v, c)}
 
     def _real_images(self, real, nimg):
-        c = self.config
-        resolution = schedules.rendering_resolution(
-            nimg, c.rendering_resolution_initial, c.rendering_resolution_final, c.rendering_resolution_fade_kimg
-        )
+        resolution = self.config.rendering_resolution(nimg)
         raw = self._blur(resize_antialiased(real.image, resolution), nimg)
         return {'image': real.image, 'image_raw': raw} | self._rendering(real.v, real.c)
 

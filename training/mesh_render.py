@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from geometry.cameras import split_label
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
 from torch_utils.custom_ops import check_shape
 from torch_utils.ops.rasterize import rasterize
 from training.config import LABEL_LENGTH
@@ -42,8 +43,8 @@ class MeshRenderer:
         face_uvcoords: torch.Tensor,
         colour: str = 'normal',
         resolution: int = 256,
-        scale: float = 2.5,
-        shift: tuple[float, float, float] = (0.0, 0.025, 0.0),
+        scale: float = WORLD_SCALE,
+        shift: tuple[float, float, float] = WORLD_SHIFT,
     ):
         if colour not in RENDER_COLOURS:
             raise ValueError(f'colour: expected one of {RENDER_COLOURS}, got {colour!r}')

@@ -56,7 +56,7 @@ class SheetMaker:
             parts['_mesh'].append(_overlay(out['image'], renderer(v, c)))
         images = {name: torch.cat(part) for name, part in parts.items()}
         images['_depth'] = _stretch(images['_depth'])
-        return {name: self._arrange(_to_bytes(image)) for name, image in images.items()}
+        return {name: self._arrange(to_uint8(image)) for name, image in images.items()}
 
     def _arrange(self, images):
         """[N, H, W, C] -> [rows·H, columns·W, C]."""
@@ -82,5 +82,6 @@ def _stretch(x):
     return (x - low) / (high - low).clamp(min=1e-6) * 2 - 1
 
 
-def _to_bytes(image):
-    return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Return pictures [..., C, H, W] in [-1, 1] as bytes [..., H, W, C], rounded down as published."""
+    return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()

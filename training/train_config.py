@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from training.config import (
+    EXPRESSION_LENGTH,
     LABEL_LENGTH,
     NEXT3D_PLANE_AXES,
     DiscriminatorConfig,
@@ -19,7 +20,6 @@ from training.superresolution import VARIANTS
 from training.volume.render import SamplingConfig
 
 AUGMENT_MODES = ('noaug', 'ada', 'fixed')
-EXPRESSION_LENGTH = 50  # Numbers of a face's expression after the camera in a label.
 
 
 @dataclass(frozen=True, kw_only=True)

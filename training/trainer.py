@@ -105,10 +105,7 @@ class Trainer:
     @property
     def rendering_resolution(self) -> int:
         """The side of raw pictures now."""
-        c = self.config.loss
-        return schedules.rendering_resolution(
-            self.nimg, c.rendering_resolution_initial, c.rendering_resolution_final, c.rendering_resolution_fade_kimg
-        )
+        return self.config.loss.rendering_resolution(self.nimg)
 
     def step(self, data: IterationData) -> None:
         """Run the phases that are due on this process's part of an iteration, and the average."""
