@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import assert_same
 
 from torch_utils import distributed
 from torch_utils.distributed import Ranks, RanksFailedError, ToldElsewhereError, checksum, is_launched, launch
@@ -33,22 +34,6 @@ def tree():
         'counts': torch.arange(6).reshape(2, 3), 'mask': torch.tensor([True, False]), 'empty': torch.zeros(0, 3),
         'strided': torch.randn(4, 3).t(), 1: None, 'name': 'x', 'p': 0.25,
     }
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def raised(action, *arguments):

@@ -7,8 +7,10 @@ import functools
 import json
 import math
 
+import helpers
 import pytest
 import torch
+from helpers import HEAD
 
 from geometry import cameras
 from geometry.simple_head import DEMO_HEAD, simple_head, uv_face_mask
@@ -17,21 +19,11 @@ from training.generator import Decoder, EG3DGenerator, Next3DGenerator
 from training.volume.render import SamplingConfig
 
 TINY = dict(
-    z_dim=8,
-    w_dim=8,
-    channel_base=128,
-    channel_max=6,
-    plane_resolution=32,
-    plane_channels=4,
-    decoder_hidden=8,
+    **helpers.TINY,
     mapping=MappingConfig(num_layers=2),
-    superresolution='SuperresolutionHybrid2X',
-    sr_channels=(4, 3),
-    sr_num_fp16_res=0,
     neural_rendering_resolution=6,
     sampling=SamplingConfig(num_depths=6, num_importance=5),
 )
-HEAD = dict(texture_resolution=32, mouth_resolution=8, mouth_lowest=4, blending_lowest=8)
 TOLERANCE = dict(rtol=1e-3, atol=2e-4)  # Rounding of other batch sizes, through four networks.
 
 

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from helpers import HEAD, TINY
 
 from geometry import cameras
 from geometry.simple_head import DEMO_HEAD, simple_head, uv_face_mask
@@ -18,22 +19,7 @@ from training.volume.render import SamplingConfig
 
 SIZE, RAW_SIZE, RENDER_SIZE = 128, 6, 32
 GENERATOR = dict(
-    z_dim=8,
-    w_dim=8,
-    channel_base=128,
-    channel_max=6,
-    plane_resolution=32,
-    plane_channels=4,
-    decoder_hidden=8,
-    superresolution='SuperresolutionHybrid2X',
-    sr_channels=(4, 3),
-    sr_num_fp16_res=0,
-    neural_rendering_resolution=RAW_SIZE,
-    sampling=SamplingConfig(num_depths=6, num_importance=5),
-    texture_resolution=32,
-    mouth_resolution=8,
-    mouth_lowest=4,
-    blending_lowest=8,
+    **TINY, **HEAD, neural_rendering_resolution=RAW_SIZE, sampling=SamplingConfig(num_depths=6, num_importance=5)
 )
 DISCRIMINATOR = dict(
     img_resolution=SIZE, channel_base=256, channel_max=6, num_fp16_res=0, mapping=MappingConfig(num_layers=2)

@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 import torch
+from helpers import assert_same
 
 from training import state
 from training.state import KEEP, NAME, StateError, list_states, load_newest, remove_leftovers, save_state
@@ -32,22 +33,6 @@ def content(value=1.0):
         'weights': weights, 'optimizer': optimizer.state_dict(), 'value': value, 'none': None,
         'stats': {'a': [1.0, float('inf')]}, 'mixed': [torch.arange(3), torch.ones(2, dtype=torch.float16)],
     }
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def no_warnings(text):

@@ -20,6 +20,7 @@ import pytest
 import toy_data
 import torch
 from click.testing import CliRunner
+from helpers import assert_same
 from parity import ROOT
 
 import legacy
@@ -119,22 +120,6 @@ def final_state(outdir):
     return torch.load(list_states(folder)[0], weights_only=True)['trainer']
 
 
-def assert_equal(a, b, where='state'):
-    """Compare nested states bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f'{where}.{key}')
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_equal(*pair, f'{where}.{i}')
-    else:
-        assert a == b, where
-
-
 @pytest.fixture(scope='module')
 def uninterrupted(data, tmp_path_factory):
     """The final state and the folder of a run of one process that nobody disturbed."""
@@ -165,12 +150,12 @@ def test_two_processes_survive_kills_at_random_moments(data, tmp_path, uninterru
                 process.wait(timeout=delay)  # Leaving the block kills the group.
     text = finish(line)
     assert 'Finished' in text, f'seed {seed}: {text}'
-    assert_equal(final_state(quiet), final_state(tmp_path / 'killed'), f'seed {seed}')
+    assert_same(final_state(quiet), final_state(tmp_path / 'killed'), f'seed {seed}')
     assert not list((tmp_path / 'killed').glob('0*/.tmp-*'))
     networks = [legacy.load_network_pkl(next(run.glob('0*/network-snapshot-000000.pkl')))
                 for run in (quiet, tmp_path / 'killed')]
     for name in ('G', 'D', 'G_ema'):
-        assert_equal(*(dict(n[name].state_dict()) for n in networks))
+        assert_same(*(dict(n[name].state_dict()) for n in networks))
     # One process with the same micro-batches has the same losses; later ones differ by what Adam makes of rounding.
     for number, tolerance in ((0, 1e-5), (ITERATIONS - 1, 2e-2)):
         one, two = (losses(run, number) for run in (uninterrupted[1], quiet))
@@ -196,7 +181,7 @@ def test_signals_save_the_state(data, tmp_path, uninterrupted, number):
     assert process.returncode == 128 + number, text
     assert re.search(rf'Stopped at kimg 0\.0\d\d by {number.name}; the same command goes on', text), text
     assert 'Going on from training-state-' in finish(line)
-    assert_equal(uninterrupted[0], final_state(tmp_path))
+    assert_same(uninterrupted[0], final_state(tmp_path))
 
 
 def test_damaged_states_are_skipped(data, tmp_path, uninterrupted):
@@ -211,7 +196,7 @@ def test_damaged_states_are_skipped(data, tmp_path, uninterrupted):
     newest.write_bytes(content)
     text = finish(line)
     assert f'Warning: {newest.name} is damaged' in text
-    assert_equal(uninterrupted[0], final_state(tmp_path))
+    assert_same(uninterrupted[0], final_state(tmp_path))
     rows = (folder / 'stats.jsonl').read_text().splitlines()
     images = [int(re.search(r'"nimg": (\d+)', row)[1]) for row in rows]
     assert images == list(range(BATCH, ITERATIONS * BATCH + 1, BATCH))
@@ -239,7 +224,7 @@ def test_full_disk(data, small_disk, uninterrupted):
     assert not list(small_disk.glob('0*/.tmp-*')) and not list(small_disk.glob('0*/training-state-*'))
     subprocess.run(['mount', '-o', 'remount,size=200m', str(small_disk)], check=True)
     finish(command(data, small_disk))
-    assert_equal(uninterrupted[0], final_state(small_disk))
+    assert_same(uninterrupted[0], final_state(small_disk))
 
 
 def test_older_states_survive_a_full_disk(data, tmp_path):

@@ -10,6 +10,7 @@ import lzma
 import parity
 import pytest
 import torch
+from helpers import HEAD, TINY
 
 import legacy
 from geometry.simple_head import simple_head, uv_face_mask
@@ -19,19 +20,6 @@ from training.generator import EG3DGenerator, Next3DGenerator
 from training.layers import Conv2dLayer
 from training.warm_start import TOPOLOGY_BUFFERS, Transfer, describe, warm_start
 
-TINY = dict(
-    z_dim=8,
-    w_dim=8,
-    channel_base=128,
-    channel_max=6,
-    plane_resolution=32,
-    plane_channels=4,
-    decoder_hidden=8,
-    superresolution='SuperresolutionHybrid2X',
-    sr_channels=(4, 3),
-    sr_num_fp16_res=0,
-)
-HEAD = dict(texture_resolution=32, mouth_resolution=8, mouth_lowest=4, blending_lowest=8)
 TINY_D = dict(img_resolution=16, channel_base=64, channel_max=6, num_fp16_res=0, mapping=MappingConfig(num_layers=2))
 # Buffers of published files that no network of ours has unless it was loaded from one.
 ABSENT = {'dense_faces', 'dataset_label_std'}
