@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torch_utils import custom_ops
-from torch_utils.custom_ops import check_shape, cpu_backend, pick_impl, plugin, plugin_problem
+from torch_utils.custom_ops import check_shape, cpu_backend, cuda_backend, pick_impl, plugin, plugin_problem
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CPU = torch.device('cpu')
@@ -134,10 +134,25 @@ def test_build_folder_that_cannot_be_made(sandbox, monkeypatch, can_build):
     assert 'tiny.cpp' in plugin_problem('tiny')
 
 
-def test_a_source_for_cuda_alone_needs_cuda(sandbox, monkeypatch):
-    (sandbox / 'tiny.cpp').rename(sandbox / 'tiny.cu')
-    monkeypatch.setattr(custom_ops, '_has_cuda_compiler', lambda: False)
-    assert plugin_problem('tiny') == 'no CUDA device or no CUDA compiler'
+def test_kernels_need_a_device_and_their_compiler(sandbox, monkeypatch, caplog, can_build):
+    (sandbox / 'tiny.cpp').rename(sandbox / 'tiny_cuda.cpp')
+    with pytest.raises(ValueError, match='^name: expected a source'):
+        plugin('tiny_cuda')
+    (sandbox / 'tiny.cu').touch()
+    assert cuda_backend('tiny_cuda')(CPU) == 'it takes CUDA tensors, got cpu'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert plugin_problem('tiny_cuda') == 'no CUDA device' and not caplog.records
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(custom_ops, '_nvcc', lambda: None)
+    monkeypatch.setattr(custom_ops, '_results', {})
+    device = torch.device('cuda')
+    backends = {'cuda': cuda_backend('tiny_cuda')}
+    assert pick_impl('op', None, device, backends) == pick_impl('op', None, device, backends) == 'ref'
+    message = 'no CUDA compiler: nvcc not found (set CUDA_HOME)'
+    assert [record.message for record in caplog.records] == [
+        f'tiny_cuda: {message}; without it the reference implementation is used']
+    with pytest.raises(RuntimeError, match='^op: .*no CUDA compiler'):
+        pick_impl('op', 'cuda', device, backends)
 
 
 def test_where_libraries_are_kept(sandbox, monkeypatch, can_build):
@@ -156,9 +171,10 @@ def test_failed_compilation_is_named_and_warned_about_once(sandbox, caplog, can_
     with caplog.at_level(logging.WARNING):
         problem = plugin_problem('tiny')
         assert plugin_problem('tiny') == problem
-    assert 'error: missing.h: No such file' in problem
+    first, *tail = problem.splitlines()
+    assert 'error: missing.h: No such file' in first and tail[-1] == 'ninja: build stopped: subcommand failed.'
     assert [record.message for record in caplog.records if 'missing.h' in record.message] == [
-        f'tiny: {problem}; without it the reference implementation is used']
+        f'tiny: {first}; without it the reference implementation is used']
     with pytest.raises(RuntimeError, match='missing.h'):
         plugin('tiny')
     assert not libraries(sandbox) and not list((sandbox / 'build').glob('*/attempt-*'))

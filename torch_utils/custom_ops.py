@@ -27,6 +27,8 @@ BUILD_DIR_VARIABLE = 'NEXT3D_BUILD_DIR'
 # that torch has loaded already, so both share one thread pool.
 CXX_FLAGS = ('-O3', '-ffp-contract=off', '-fopenmp')
 CUDA_FLAGS = ('-O3', '--fmad=false')
+CUDA_SUFFIX = '_cuda'  # Plugin NAME_cuda is made of NAME_cuda.cpp, checks and bindings, and NAME.cu, the kernels.
+COMPILER_LINES = 5  # How many of the compiler's last lines an error quotes.
 
 _logger = logging.getLogger(__name__)
 _results: dict[str, ModuleType | str] = {}  # Per plugin: the loaded module, or the reason why there is none.
@@ -71,8 +73,17 @@ def cpu_backend(name: str) -> Callable[[torch.device], str | None]:
     return problem
 
 
+def cuda_backend(name: str) -> Callable[[torch.device], str | None]:
+    """Return the usability function, as `pick_impl` takes it, of a backend that is a plugin for CUDA tensors."""
+    def problem(device: torch.device) -> str | None:
+        return plugin_problem(name) if device.type == 'cuda' else f'it takes CUDA tensors, got {device.type}'
+    return problem
+
+
 def plugin(name: str) -> ModuleType:
-    """Return the compiled module of torch_utils/ops/NAME.cpp (and .cu), building it where the cache has none.
+    """Return the compiled module of torch_utils/ops/NAME.cpp, building it where the cache has none.
+
+    NAME_cuda has its kernels in NAME.cu beside NAME_cuda.cpp and needs a CUDA device and its compiler.
 
     Raises RuntimeError with the reason of `plugin_problem`, ValueError if there is no such source.
     """
@@ -83,7 +94,10 @@ def plugin(name: str) -> ModuleType:
 
 
 def plugin_problem(name: str) -> str | None:
-    """Return why `plugin(name)` cannot work here, or None; the first call builds, later ones remember the answer."""
+    """Return why `plugin(name)` cannot work here, or None; the first call builds, later ones remember the answer.
+
+    Where compilation failed, the first line is the error and the compiler's last lines follow.
+    """
     with _results_lock:
         if name not in _results:
             _results[name] = _load_or_explain(name)
@@ -95,34 +109,36 @@ def _load_or_explain(name: str) -> ModuleType | str:
     sources = _sources(name)
     if os.name != 'posix':
         return 'compiled ops need a POSIX system'
-    if not sources:
-        return 'no CUDA device or no CUDA compiler'
     if shutil.which(_compiler()[0]) is None:
         return f'no C++ compiler: {_compiler()[0]} not found (set CXX)'
+    if _is_cuda(sources) and not torch.cuda.is_available():
+        return 'no CUDA device'
     try:
+        if _is_cuda(sources) and _nvcc() is None:
+            raise RuntimeError('no CUDA compiler: nvcc not found (set CUDA_HOME)')
         library = _library_path(name, sources)
         if not library.exists() and _ninja_folder() is None:
             return 'no ninja found (pip install ninja)'
         return _import_library(library) if library.exists() else _build_locked(library, sources)
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-        problem = _first_error_line(str(error))
+        problem, tail = _explain(str(error))
         _logger.warning('%s: %s; without it the reference implementation is used', name, problem)
         _logger.debug('%s', error)
-        return problem
+        return '\n'.join([problem, *tail])
 
 
 def _sources(name: str) -> list[Path]:
-    present = [path for path in (OPS_FOLDER / f'{name}.cpp', OPS_FOLDER / f'{name}.cu') if path.exists()]
-    if not present:
+    paths = [OPS_FOLDER / f'{name}.cpp']
+    if name.endswith(CUDA_SUFFIX):
+        paths.append(OPS_FOLDER / f'{name.removesuffix(CUDA_SUFFIX)}.cu')
+    if not all(path.exists() for path in paths):
         raise ValueError(f'name: expected a source among {OPS_FOLDER}/*.cpp, got {name!r}')
-    if _is_cuda(present) and not _has_cuda_compiler():
-        present.pop()
-    return present
+    return paths
 
 
-def _has_cuda_compiler() -> bool:
+def _nvcc() -> str | None:
     folders = [os.environ.get('PATH', ''), os.path.join(os.environ.get('CUDA_HOME', '/usr/local/cuda'), 'bin')]
-    return torch.cuda.is_available() and shutil.which('nvcc', path=os.pathsep.join(folders)) is not None
+    return shutil.which('nvcc', path=os.pathsep.join(folders))
 
 
 def _compiler() -> list[str]:
@@ -143,8 +159,7 @@ def _library_path(name: str, sources: list[Path]) -> Path:
     if _is_cuda(sources):
         facts += [*CUDA_FLAGS, torch.version.cuda, str(torch.cuda.get_device_capability()),
                   os.environ.get('TORCH_CUDA_ARCH_LIST', '')]
-    texts = [path for path in sorted(OPS_FOLDER.glob(f'{name}.*')) if path in sources or path.suffix in ('.h', '.cuh')]
-    facts += [text for path in texts for text in (path.name, path.read_text())]
+    facts += [text for path in sources for text in (path.name, path.read_text())]
     key = f'{name}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}'
     return _build_root() / key / f'{key}.so'
 
@@ -183,11 +198,10 @@ def _build_locked(library: Path, sources: list[Path]) -> ModuleType:
 def _compile(module_name: str, sources: list[Path], folder: Path) -> ModuleType:
     from torch.utils import cpp_extension  # Takes half a second to import: only where something is compiled.
     _logger.warning('Compiling %s, once; this takes up to a minute', ', '.join(path.name for path in sources))
-    defines = ['-DWITH_CUDA'] if _is_cuda(sources) else []
     with _on_path(_ninja_folder()):
         return cpp_extension.load(
-            module_name, [str(path) for path in sources], extra_cflags=[*CXX_FLAGS, *defines],
-            extra_cuda_cflags=[*CUDA_FLAGS, *defines], build_directory=str(folder))
+            module_name, [str(path) for path in sources], extra_cflags=list(CXX_FLAGS),
+            extra_cuda_cflags=list(CUDA_FLAGS), build_directory=str(folder))
 
 
 def _import_library(library: Path) -> ModuleType:
@@ -215,7 +229,8 @@ def _on_path(folder: str) -> Iterator[None]:
         os.environ['PATH'] = before
 
 
-def _first_error_line(message: str) -> str:
+def _explain(message: str) -> tuple[str, list[str]]:
+    """Return the line of a failure's message that names it, and the last lines of a longer one."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r'\berror\s?:', line)]
-    return (errors or lines or ['unknown error'])[0]
+    return (errors or lines or ['unknown error'])[0], lines[-COMPILER_LINES:] if errors else []
