@@ -2,6 +2,7 @@
 """Test configuration: import path, markers, the published head, the record of parity deviations."""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -12,6 +13,9 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # Before any kernel is imported: they run on the CPU, for tests.
 
 import parity  # noqa: E402  (needs the path above)
 

@@ -24,7 +24,7 @@ LAYERS = {
     'dnnlib': set(),
     'torch_utils': {'dnnlib'},
     'geometry': {'dnnlib'},
-    'training/volume': {'training/volume'},
+    'training/volume': {'training/volume', 'torch_utils'},
     'training': {'training', 'training/volume', 'geometry', 'torch_utils', 'dnnlib'},
     'training/loop': {'training', 'training/volume', 'legacy', 'geometry', 'torch_utils', 'dnnlib'},
     'legacy': {'training', 'training/volume', 'torch_utils', 'dnnlib'},

@@ -159,7 +159,8 @@ def _library_path(name: str, sources: list[Path]) -> Path:
     if _is_cuda(sources):
         facts += [*CUDA_FLAGS, torch.version.cuda, str(torch.cuda.get_device_capability()),
                   os.environ.get('TORCH_CUDA_ARCH_LIST', '')]
-    facts += [text for path in sources for text in (path.name, path.read_text())]
+    headers = sorted(path for path in OPS_FOLDER.iterdir() if path.suffix in ('.h', '.cuh'))
+    facts += [text for path in [*sources, *headers] for text in (path.name, path.read_text())]
     key = f'{name}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}'
     return _build_root() / key / f'{key}.so'
 

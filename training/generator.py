@@ -10,6 +10,7 @@ from torch import nn
 
 from geometry import cameras
 from torch_utils.custom_ops import check_shape
+from torch_utils.ops import triplane
 from torch_utils.randomness import uniform
 from training import head_raster, mouth
 from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork, num_ws_of
@@ -39,6 +40,14 @@ class Decoder(nn.Module):
             FullyConnectedLayer(channels, hidden, lr_multiplier=lr_multiplier),
             nn.Softplus(),
             FullyConnectedLayer(hidden, 1 + channels, lr_multiplier=lr_multiplier),
+        )
+
+    def dense_weights(self) -> triplane.Decoder:
+        """Return the weights as the fused kernels take them: gains applied, density in row 0 of the second layer."""
+        first, _, second = self.net
+        return triplane.Decoder(
+            first.weight * first.weight_gain, first.bias * first.bias_gain,
+            second.weight * second.weight_gain, second.bias * second.bias_gain,
         )
 
     def forward(self, features):
@@ -117,11 +126,14 @@ class EG3DGenerator(nn.Module):
         image = self.superresolution(raw, features, self._style_ws(ws), noise_mode)
         return {'image': image, 'image_raw': raw, 'image_depth': depth}
 
-    def query(self, planes: Planes, points) -> dict:
-        """Return sigma [N, M, 1] (raw density) and rgb [N, M, C] at world points [N, M, 3]."""
+    def query(self, planes: Planes, points, with_rgb: bool = True) -> dict:
+        """Return sigma [N, M, 1] (raw density) and rgb [N, M, C] at world points [N, M, 3].
+
+        with_rgb: False may leave rgb out, which saves time.
+        """
         if points.ndim != 3 or points.shape[-1] != 3 or len(points) != len(planes.planes):
             raise ValueError(f'points: expected [{len(planes.planes)}, M, 3], got {list(points.shape)}')
-        return query(planes.planes, self.decoder, points, self.config.sampling)
+        return query(planes.planes, self.decoder, points, self.config.sampling, with_rgb)
 
     def synthesis(self, ws, c, noise_mode='const', neural_rendering_resolution=None, depth_jitter=None) -> dict:
         """Return `render` of `planes`."""

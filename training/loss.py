@@ -236,7 +236,7 @@ class Next3DLoss:
             distance = self.config.density_reg_p_dist
         points = self._random_points(planes, NUM_POINTS)
         beside = points + normal(points.shape, points.device) * distance
-        sigma = self.generator.query(planes, torch.cat([points, beside], dim=1))['sigma']
+        sigma = self.generator.query(planes, torch.cat([points, beside], dim=1), with_rgb=False)['sigma']
         return l1_loss(*sigma.split(NUM_POINTS, dim=1)) * self.config.density_reg
 
     def _monotonicity(self, planes):
@@ -244,7 +244,7 @@ class Next3DLoss:
         points = self._random_points(planes, NUM_MONOTONIC_POINTS)
         step = MONOTONIC_STEP * self.generator.config.sampling.box_warp
         behind = points - points.new_tensor([0.0, 0.0, step])
-        sigma = self.generator.query(planes, torch.cat([points, behind], dim=1))['sigma']
+        sigma = self.generator.query(planes, torch.cat([points, behind], dim=1), with_rgb=False)['sigma']
         front, back = sigma.split(NUM_MONOTONIC_POINTS, dim=1)
         return relu(front - back).mean() * MONOTONIC_WEIGHT
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from torch_utils.custom_ops import pick_impl
+from torch_utils.ops import triplane
 from training.volume import march, rays, samples
 
 # Points decoded at a time where no gradient is kept: bounds memory to about 200 MB for 32 channels and 64 hidden units.
@@ -62,11 +64,23 @@ def sample_planes(planes: torch.Tensor, points: torch.Tensor, box_warp: float, p
     return (total[:, :, 0] / len(plane_axes)).transpose(1, 2)
 
 
-def query(planes, decoder, points, config: SamplingConfig) -> dict[str, torch.Tensor]:
+def query(
+    planes, decoder, points, config: SamplingConfig, with_rgb: bool = True, impl: str | None = None
+) -> dict[str, torch.Tensor]:
     """Return sigma [N, M, 1] and rgb [N, M, C] at world points [N, M, 3]; in bounded memory where no gradient is kept.
 
-    decoder: features [.., C] -> (rgb [.., C'], sigma [.., 1]).
+    decoder: features [.., C] -> (rgb [.., C'], sigma [.., 1]). with_rgb: False may leave rgb out. impl: 'triton' (fused,
+    for decoders with `dense_weights` on a GPU; no gradient to the points), 'ref', or None: follow the device. Raises
+    RuntimeError if the named one cannot be used.
     """
+    field = _field(planes, decoder, config)
+    if _pick(field, planes, config, impl) == 'triton' and not points.requires_grad:
+        sigma, rgb = triplane.query(field, points, with_rgb)
+        return {'sigma': sigma, 'rgb': rgb} if with_rgb else {'sigma': sigma}
+    return _query_ref(planes, decoder, points, config)
+
+
+def _query_ref(planes, decoder, points, config):
     parts = [
         decoder(sample_planes(planes, chunk, config.box_warp, config.plane_axes))
         for chunk in points.split(_chunk_length(len(points), points.shape[1]), dim=1)
@@ -76,6 +90,26 @@ def query(planes, decoder, points, config: SamplingConfig) -> dict[str, torch.Te
     if config.density_noise > 0:
         sigma = sigma + torch.randn(sigma.shape, device=sigma.device) * config.density_noise
     return {'sigma': sigma, 'rgb': torch.cat(rgb, dim=1)}
+
+
+def _field(planes, decoder, config):
+    """Return what the fused kernels take; None for decoders of other forms."""
+    if not hasattr(decoder, 'dense_weights'):
+        return None
+    return triplane.Field(planes, decoder.dense_weights(), 2 / config.box_warp, config.plane_axes)
+
+
+def _pick(field, planes, config, impl, with_normals=False):
+    def problem(_device):
+        if field is None:
+            return 'the decoder has no dense_weights'
+        if with_normals or config.density_noise > 0:
+            return 'it gives no normals and adds no noise'
+        return triplane.problem(field, config.num_depths + config.num_importance)
+
+    # The interpreter, which makes the kernels run on a CPU, is for tests that name them.
+    backends = {'triton': problem} if planes.is_cuda or impl is not None else {}
+    return pick_impl('volume', impl, planes.device, backends)
 
 
 def _chunk_length(batch, count):
@@ -90,11 +124,13 @@ def render_rays(
     config: SamplingConfig,
     depth_jitter='random',
     with_normals: bool = False,
+    impl: str | None = None,
 ) -> RayRender:
     """Render rays [N, M, 3] through planes [N, 3, C, H, W] in two passes.
 
     depth_jitter: see `samples.jitter_draws`; drawn as [N, M, num_depths, 1], then [N·M, num_importance].
-    Differentiable in planes and decoder. Where no gradient is kept, rays are taken in chunks of bounded memory.
+    Differentiable in planes and decoder. Where no gradient is kept, rays are taken in chunks of bounded memory; the
+    fused kernels (impl 'triton', see `query`) need none per point, with or without gradient, but no second gradient.
     """
     n, m = origins.shape[:2]
     draw_stratified, draw_importance = samples.jitter_draws(depth_jitter, origins.device)
@@ -102,6 +138,9 @@ def render_rays(
     offsets = draw_stratified([n, m, config.num_depths, 1])
     depths = samples.stratified_depths(near, far, config.num_depths, offsets, config.use_disparity)
     draws = draw_importance([n * m, config.num_importance]) if config.num_importance else None
+    field = _field(planes, decoder, config)
+    if _pick(field, planes, config, impl, with_normals) == 'triton':
+        return _render_fused(field, origins, directions, depths, draws, config)
     rows = m if config.density_noise > 0 else _chunk_length(n * 2 * config.num_depths, m)
     parts = []
     for start in range(0, m, rows):
@@ -113,6 +152,13 @@ def render_rays(
     depth = march.clamp_depth(torch.cat(depth, 1), torch.stack(lowest).amin(), torch.stack(highest).amax())
     normals = torch.cat(normals, 1) if with_normals else None
     return RayRender(torch.cat(features, 1), depth, torch.cat(weight_sum, 1), normals)
+
+
+def _render_fused(field, origins, directions, depths, draws, config):
+    draws = None if draws is None else draws.reshape(*depths.shape[:2], -1)
+    rendered, depths = triplane.render(field, origins, directions, depths[..., 0], draws, config.white_back)
+    depth = march.clamp_depth(rendered.depth, depths[..., 0].amin(), depths[..., -1].amax())
+    return RayRender(rendered.features, depth, rendered.total, None)
 
 
 def _limits(origins, directions, config):
@@ -148,7 +194,7 @@ def _sample_rays(planes, decoder, origins, directions, depths, config):
     """Query the points origins + depths·directions; depths [N, M, S, 1] -> rgb [N, M, S, C], sigma [N, M, S, 1]."""
     n, m, s, _ = depths.shape
     points = origins[:, :, None] + depths * directions[:, :, None]
-    out = query(planes, decoder, points.reshape(n, m * s, 3), config)
+    out = _query_ref(planes, decoder, points.reshape(n, m * s, 3), config)
     return out['rgb'].reshape(n, m, s, -1), out['sigma'].reshape(n, m, s, 1)
 
 
