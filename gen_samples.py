@@ -181,8 +181,8 @@ def _write_shape(generator, planes, path, options: ShapeOptions):
     device = planes.planes.device
     with tqdm(total=options.resolution, desc=f'density {path.name}', unit='slab', delay=BAR_AFTER_SECONDS) as bar:
         grid = shapes.density_grid(
-            lambda points: generator.query(planes, points.to(device), with_rgb=False)['sigma'],
-            options.resolution, side, bar.update,
+            lambda points: generator.query(planes, points, with_rgb=False)['sigma'],
+            options.resolution, side, bar.update, device,
         )
     if options.file_format == '.mrc':
         _save_mrc(path, grid)

@@ -30,6 +30,7 @@ from training.head_raster import PLANE_LAYOUTS
 from training.layers import NOISE_MODES
 from training.loss import DENSITY_REGIONS, REG_TYPES
 from training.mesh_render import RENDER_COLOURS
+from training.precision import COMPUTE_DTYPES
 from training.run_dir import RunError
 from training.superresolution import VARIANTS
 from training.topology import load_topology
@@ -226,6 +227,8 @@ OPTIONS = [
     setting('g_num_fp16_res', "Resolutions in half precision: the backbones' ...", COUNT, 'N'),
     setting('sr_num_fp16_res', "... super-resolution's (any or none) ...", COUNT, 'N'),
     setting('d_num_fp16_res', "... the discriminator's.", COUNT, 'N'),
+    setting('precision', "Arithmetic on a GPU: as published; TF32; all the generator's convolutions in bf16 or fp16.",
+            Choice(COMPUTE_DTYPES)),
     setting('plane_layout', 'How views of the mesh become planes: as published, or aligned with the volume.',
             Choice(PLANE_LAYOUTS)),
     setting('blend_planes', 'Planes that the mesh paints.', Choice(BLEND_PLANES)),

@@ -23,6 +23,7 @@ from geometry.meshes import read_landmarks, read_obj, stack_mesh  # noqa: E402
 from torch_utils.distributed import joined  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
 from training.feed import Fakes, IterationData, Reals  # noqa: E402
+from training.precision import COMPUTE_DTYPES  # noqa: E402
 from training.train_config import PRESETS, make_config  # noqa: E402
 from training.trainer import LARGEST_GRADIENT, Trainer, new_networks  # noqa: E402
 
@@ -132,8 +133,14 @@ def random_data(trainer, iteration):
     poses = torch.cat([cameras.look_at_pose(cameras.FRONTAL + 0.1 * (i % 4), cameras.FRONTAL) for i in range(count)])
     label = cameras.make_label(poses, cameras.intrinsics()).numpy()
     image = np.random.RandomState(0).randint(0, 256, (count, 3, c.resolution, c.resolution), dtype=np.uint8)
-    fakes = {name: Fakes(label, mesh) for name in trainer.intervals}
-    return IterationData(iteration, Reals(image, label, mesh), fakes)
+    fakes = {name: Fakes(*_loaded((label, mesh))) for name in trainer.intervals}
+    return IterationData(iteration, Reals(*_loaded((image, label, mesh))), fakes)
+
+
+def _loaded(arrays):
+    """Return arrays as the loader of a training run gives them."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
+    return [x.pin_memory() for x in tensors] if torch.cuda.is_available() else tensors
 
 
 def spans(marks):
@@ -151,7 +158,6 @@ def spans(marks):
 def measure(config, ranks, iterations, trainer_class=TimedTrainer):
     """Return medians in ms by name, seconds per thousand images and, on a GPU, peak memory in GiB."""
     torch.backends.cudnn.benchmark = config.benchmark
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     trainer = trainer_class(config, new_networks(config), ranks, Collector())
     data = random_data(trainer, 0)
     for _ in range(WARM_UP):
@@ -184,18 +190,22 @@ def main():
     parser.add_argument('--rendering', type=int, nargs='+', default=[64], help='sides of the raw picture')
     parser.add_argument('--iterations', type=int, default=40)
     parser.add_argument('--reductions', nargs='+', choices=REDUCTIONS, default=['flat'], help='of gradients')
+    parser.add_argument('--precision', nargs='+', choices=COMPUTE_DTYPES, default=['fp32'])
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
     parser.add_argument('--json', type=pathlib.Path)
     arguments = parser.parse_args()
     results = {}
     with joined(arguments.device, 600) as ranks:
-        for side, reduction in itertools.product(arguments.rendering, arguments.reductions):
+        for precision, side, reduction in itertools.product(
+            arguments.precision, arguments.rendering, arguments.reductions
+        ):
             config = make_config(
                 arguments.preset, '', '', batch=arguments.batch, gpus=ranks.size, gen_pose_cond=True, disc_c_noise=1.0,
                 neural_rendering_resolution_initial=side, resume='weights', device=arguments.device,
+                precision=precision,
                 topology_path=str(DEMO / 'head_template.obj'),
             )
-            key = f'{side} {reduction}'
+            key = f'{precision} {side} {reduction}'
             results[key] = measure(config, ranks, arguments.iterations, REDUCTIONS[reduction])
             if ranks.is_first:  # At once: what is measured is not lost with what is not.
                 times = ', '.join(f'{name} {value:.1f}' for name, value in results[key]['median_ms'].items())

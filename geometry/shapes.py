@@ -25,22 +25,23 @@ def density_grid(
     resolution: int,
     side: float,
     on_slab: Callable[[], None] = lambda: None,
+    device: torch.device | str = 'cpu',
 ) -> np.ndarray:
     """Sample raw density on a grid over the centred cube: [N, N, N] float32, axes x, y, z, z fastest, x descending.
 
-    query_sigma: world points [1, M, 3] -> density [1, M, 1]; called with a slab of constant x at a time, so that memory
-    is that of the result and one slab. The first and the last sample of each axis lie on the cube's faces. The border
-    holds EMPTY. on_slab: called after each slab, for progress bars.
+    query_sigma: world points [1, M, 3] on the device -> density [1, M, 1]; called with a slab of constant x at a time,
+    so that memory is that of the result and one slab. The first and the last sample of each axis lie on the cube's
+    faces. The border holds EMPTY. on_slab: called after each slab, for progress bars.
     """
     pad = border_width(resolution)
     inside = slice(pad, resolution - pad)
     axis = torch.linspace(-side / 2, side / 2, resolution)
     y, z = torch.meshgrid(axis[inside], axis[inside], indexing='ij')
-    points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3)
+    points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3).to(device)
     grid = np.full([resolution] * 3, EMPTY, dtype=np.float32)
     for i in range(resolution):
         if pad <= i < resolution - pad:
-            points[..., 0] = axis[i]
+            points[..., 0] = axis[i].item()
             grid[resolution - 1 - i, inside, inside] = query_sigma(points).reshape(y.shape).cpu().numpy()
         on_slab()
     return grid

@@ -463,7 +463,9 @@ def test_planes_are_built_once_per_seed_and_points_come_in_slabs(demo, tmp_path,
     calls, sizes = [], []
     planes, query = Next3DGenerator.planes, Next3DGenerator.query
     monkeypatch.setattr(Next3DGenerator, 'planes', lambda *a, **k: (calls.append(1), planes(*a, **k))[1])
-    monkeypatch.setattr(Next3DGenerator, 'query', lambda g, p, x: (sizes.append(x.shape[1]), query(g, p, x))[1])
+    monkeypatch.setattr(
+        Next3DGenerator, 'query', lambda g, p, x, **k: (sizes.append(x.shape[1]), query(g, p, x, **k))[1]
+    )
     run(demo, tmp_path, '--depth', seeds='0-2', views=3, shapes='true', shape_res=SHAPE_RES)
     assert len(calls) == 3
     assert max(sizes) <= SHAPE_RES**2

@@ -209,7 +209,7 @@ def test_halves_of_ws(shared):
     for call in (
         shared.static_planes,
         lambda ws: shared.complete_mouth(front, v, ws),
-        lambda ws: shared.superresolution(front[:, :3], front, shared._style_ws(ws)),
+        lambda ws: shared.superresolution(front[:, :3], front, shared._ws_of('superresolution', ws)),
     ):
         assert torch.equal(call(texture), call(ws))
         assert not torch.allclose(call(style), call(ws), atol=0.1)

@@ -192,7 +192,7 @@ ACCEPTED = [
     ('neural_rendering_resolution_fade_kimg', '5', 'loss.rendering_resolution_fade_kimg', 5.0),
     ('blur_fade_kimg', '6', 'loss.blur_fade_kimg', 6.0), ('density_reg', '0', 'loss.density_reg', 0.0),
     ('density_reg_every', '0', 'density_reg_every', 0), ('density_reg_p_dist', '0.01', 'loss.density_reg_p_dist', 0.01),
-    ('density_region', 'published', 'loss.density_region', 'published'),
+    ('density_region', 'published', 'loss.density_region', 'published'), ('precision', 'bf16', 'precision', 'bf16'),
     ('reg_type', 'monotonic-fixed', 'loss.reg_type', 'monotonic-fixed'), ('seed', '5', 'seed', 5),
     ('device', 'cuda', 'device', 'cuda'), ('workers', '0', 'workers', 0), ('nobench', 'True', 'benchmark', False),
     ('dist_timeout', '60', 'timeout_s', 60.0), ('topology_path', 'x.obj', 'topology_path', 'x.obj'),

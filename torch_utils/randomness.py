@@ -31,7 +31,8 @@ class _Stream:
         rows = shape[0] if shape else 1
         if rows % samples and shape:
             raise ValueError(f'shape: expected a multiple of {samples} samples first, got {list(shape)}')
-        self.keys = self.keys.to(device)  # Once: each copy from the host waits for the device.
+        if self.keys.device.type != torch.device(device).type:
+            self.keys = self.keys.pin_memory().to(device, non_blocking=True)  # Nothing waits for the device.
         keys = _mix(self.keys + _wrap(self.count * GOLDEN))
         self.count += 1
         if not shape:

@@ -8,7 +8,7 @@ from torch import nn
 
 from torch_utils.custom_ops import check_shape
 from torch_utils.ops.upfirdn2d import downsample2d, setup_filter, upsample2d
-from training.layers import BINOMIAL_FILTER, Conv2dLayer, SynthesisLayer, ToRGBLayer
+from training.layers import BINOMIAL_FILTER, Conv2dLayer, SynthesisLayer, ToRGBLayer, memory_format
 from training.mapping import MappingNetwork
 
 
@@ -34,8 +34,10 @@ class SynthesisBlock(nn.Module):
     """One resolution: conv0 (absent in the first block), conv1, torgb and the RGB skip.
 
     in_channels 0 makes the first block, which starts from the learned constant. up: 2, or 1 to stay at the input's
-    resolution. Half precision is used on CUDA devices only.
+    resolution. Half precision is used on CUDA devices only; see `set_compute_dtype`.
     """
+
+    compute_dtype = None
 
     def __init__(
         self, in_channels, out_channels, w_dim, resolution, img_channels, up=2, use_fp16=False, conv_clamp=None
@@ -54,20 +56,43 @@ class SynthesisBlock(nn.Module):
     def forward(self, x, img, ws, noise_mode):
         """x [N, in, R/up, R/up] or None, img [N, img_channels, R/up, R/up] or None, ws [N, num_conv + 1, w_dim].
 
-        Returns x [N, out, R, R] and img [N, img_channels, R, R] in float32.
+        ws may also be the Styles that `styles` made of it. Returns x [N, out, R, R] and img [N, img_channels, R, R] in
+        float32.
         """
-        half = self.use_fp16 and ws.device.type == 'cuda'
-        dtype = torch.float16 if half else torch.float32
-        w_iter = iter(ws.unbind(dim=1))
+        w_iter = iter(ws if isinstance(ws, list) else ws.unbind(dim=1))
         if hasattr(self, 'const'):
-            x = self.const.to(dtype)[None].expand(len(ws), -1, -1, -1)
+            batch = len(ws[0].scale) if isinstance(ws, list) else len(ws)
+            x = self.const.to(self._dtype(self.const))[None].expand(batch, -1, -1, -1)
         else:
-            x = self.conv0(x.to(dtype), next(w_iter), noise_mode)
+            dtype = self._dtype(x)
+            x = self.conv0(x.to(dtype, memory_format=memory_format(x, dtype)), next(w_iter), noise_mode)
         x = self.conv1(x, next(w_iter), noise_mode)
         rgb = self.torgb(x, next(w_iter)).float()
         if img is None:
             return x, rgb
         return x, rgb + (upsample2d(img, self.resample_filter) if self.up == 2 else img)
+
+    def styles(self, ws):
+        """Return what ws [N, num_conv + 1, w_dim] do to the layers, for `forward`."""
+        layers = [self.conv1] if hasattr(self, 'const') else [self.conv0, self.conv1]
+        *ws, last = ws.unbind(dim=1)
+        dtype = self._dtype(last)
+        return [*(layer.style(w, dtype) for layer, w in zip(layers, ws, strict=True)), self.torgb.style(last)]
+
+    def freeze(self):
+        """Keep the weights of the convolutions as they are needed; changes of the parameters are not seen any more."""
+        for layer in [self.conv1] if hasattr(self, 'const') else [self.conv0, self.conv1]:
+            layer.freeze(self._dtype(layer.weight))
+
+    def _dtype(self, x):
+        return _dtype_of(self, x, torch.float16 if self.use_fp16 else torch.float32)
+
+
+def _dtype_of(module, x, default):
+    """Return the dtype in which a module's convolutions of x run: its own choice on CUDA devices only."""
+    if not x.is_cuda:
+        return torch.float32
+    return module.compute_dtype or default
 
 
 class SynthesisNetwork(nn.Module):
@@ -111,22 +136,37 @@ class SynthesisNetwork(nn.Module):
 
     def _run_blocks(self, x, ws, noise_mode, inject=lambda x, resolution: x):
         """Run the blocks; `inject` may replace the features that enter each of them."""
-        img, first_w = None, 0
+        img = None
+        for r, block_ws in (ws if isinstance(ws, dict) else self._split(ws)).items():
+            x, img = getattr(self, f'b{r}')(inject(x, r), img, block_ws, noise_mode)
+        return img
+
+    def styles(self, ws):
+        """Return what ws do to each block; `forward` takes it in place of ws, for as many pictures as one likes."""
+        self._check_ws(ws)
+        return {r: getattr(self, f'b{r}').styles(block_ws) for r, block_ws in self._split(ws).items()}
+
+    def _split(self, ws):
+        """Return the ws of each block that runs; a block's last, its torgb's, is the first of the next."""
+        parts, first_w = {}, 0
         for r in self.block_resolutions:
             block = getattr(self, f'b{r}')
             if r >= self.first_resolution:
-                block_ws = ws[:, first_w : first_w + block.num_conv + block.num_torgb]
-                x, img = block(inject(x, r), img, block_ws, noise_mode)
+                parts[r] = ws[:, first_w : first_w + block.num_conv + block.num_torgb]
             first_w += block.num_conv
-        return img
+        return parts
 
     def _check_ws(self, ws):
+        if isinstance(ws, dict):
+            return
         if ws.ndim != 3 or ws.shape[1] != self.num_ws or ws.shape[2] != self.w_dim:
             raise ValueError(f'ws: expected [N, {self.num_ws}, {self.w_dim}], got {list(ws.shape)}')
 
 
 class EncoderStage(nn.Module):
     """One resolution of the StyleUNet's encoder: adds the condition, halves the resolution; no residual."""
+
+    compute_dtype = None
 
     def __init__(self, cond_channels, in_channels, out_channels, is_first, conv_clamp=None):
         super().__init__()
@@ -138,11 +178,21 @@ class EncoderStage(nn.Module):
 
     def forward(self, x, condition):
         """x [N, in, R, R] or None, condition [N, cond, R or 2R] -> features [N, out, R/2, R/2], condition at R."""
+        dtype = self._dtype(condition)
+        condition = condition.to(dtype, memory_format=memory_format(condition, dtype))
         if not self.is_first:
             condition = downsample2d(condition, self.resample_filter)
         y = self.fromrgb(condition)
         y = y if x is None else x + y
         return self.conv2(self.conv1(y)), condition
+
+    def freeze(self):
+        """Keep the weights of the convolutions as they are needed; changes of the parameters are not seen any more."""
+        for layer in (self.fromrgb, self.conv1, self.conv2):
+            layer.freeze(self._dtype(layer.weight))
+
+    def _dtype(self, x):
+        return _dtype_of(self, x, torch.float32)
 
 
 class StyleUNetSynthesis(SynthesisNetwork):
@@ -173,9 +223,10 @@ class StyleUNetSynthesis(SynthesisNetwork):
         )
 
     def forward(self, condition, ws, noise_mode='const'):
-        """condition [N, cond_channels, in_size, in_size], ws [N, num_ws, w_dim] -> [N, img_channels, R, R]."""
+        """condition [N, cond_channels, in_size, in_size], ws [N, num_ws, w_dim] or styles -> [N, channels, R, R]."""
         self._check_ws(ws)
-        check_shape('condition', condition, [len(ws), self.cond_channels, self.in_size, self.in_size])
+        batch = None if isinstance(ws, dict) else len(ws)
+        check_shape('condition', condition, [batch, self.cond_channels, self.in_size, self.in_size])
         encoded = {features.shape[-1]: features for features in self.encode(condition)}
 
         def inject(x, block_resolution):
@@ -184,10 +235,15 @@ class StyleUNetSynthesis(SynthesisNetwork):
             if size == self.final_size:
                 return layer(encoded[size])
             if size in encoded and size < self.num_cond_res:
-                return layer(torch.cat([x.float(), encoded[size]], dim=1))
+                return layer(torch.cat([x.to(encoded[size].dtype), encoded[size]], dim=1))
             return x
 
         return self._run_blocks(None, ws, noise_mode, inject)
+
+    def freeze(self):
+        """Keep the weights of the fusion layers as the encoder's outputs need them."""
+        for layer in self.fusion:
+            layer.freeze(self.encoder[0]._dtype(layer.weight))
 
     def encode(self, condition):
         """Return the encoder's outputs, from in_size/2 down to final_size."""
@@ -210,3 +266,23 @@ class Backbone(nn.Module):
         self.num_ws = synthesis.num_ws
         if mapping_kwargs is not None:
             self.mapping = MappingNetwork(z_dim, c_dim, w_dim, num_ws=mapping_ws or self.num_ws, **mapping_kwargs)
+
+
+def set_compute_dtype(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Make the convolutions of all blocks in a network run in one dtype on CUDA devices; None: as configured.
+
+    Sums over blocks (the RGB skips) stay float32. float16 has no clamp here unless the network was built with one.
+    """
+    for module in network.modules():
+        if isinstance(module, (SynthesisBlock, EncoderStage)):
+            module.compute_dtype = dtype
+
+
+def freeze(network: nn.Module) -> None:
+    """Make all blocks keep their weights in the form in which they are needed, for inference.
+
+    Changes of the parameters, the device or the dtype are not seen any more.
+    """
+    for module in network.modules():
+        if isinstance(module, (SynthesisBlock, EncoderStage, StyleUNetSynthesis)):
+            module.freeze()

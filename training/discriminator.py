@@ -11,7 +11,7 @@ from torch_utils.ops.upfirdn2d import setup_filter
 from torch_utils.randomness import normal
 from training.backbone import fp16_from_resolution
 from training.config import DiscriminatorConfig
-from training.layers import BINOMIAL_FILTER, Conv2dLayer, FullyConnectedLayer
+from training.layers import BINOMIAL_FILTER, Conv2dLayer, FullyConnectedLayer, memory_format
 from training.mapping import MappingNetwork
 from training.superresolution import resize_antialiased
 
@@ -34,7 +34,8 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x):
         """Run in half precision on CUDA devices where the block was built so."""
         half = self.use_fp16 and x.device.type == 'cuda'
-        x = x.to(torch.float16 if half else torch.float32)
+        dtype = torch.float16 if half else torch.float32
+        x = x.to(dtype, memory_format=memory_format(x, dtype))
         if hasattr(self, 'fromrgb'):
             x = self.fromrgb(x)
         skip = self.skip(x, gain=math.sqrt(0.5))

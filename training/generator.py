@@ -3,6 +3,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,16 @@ class Planes:
     """Triplane of a batch: planes [N, 3, C, R, R], ready for `render` and `query`."""
 
     planes: torch.Tensor
+
+
+class Styles(NamedTuple):
+    """What ws do to the layers of each network of a Next3D generator: takes the place of ws where pictures are many."""
+
+    static: dict
+    texture: dict
+    mouth: dict
+    blending: dict
+    superresolution: tuple
 
 
 class Decoder(nn.Module):
@@ -112,19 +123,23 @@ class EG3DGenerator(nn.Module):
         """
         resolution = neural_rendering_resolution
         resolution = self.neural_rendering_resolution if resolution is None else resolution
-        if resolution < 1:
-            raise ValueError(f'neural_rendering_resolution: expected at least 1, got {resolution}')
-        check_shape('ws', ws, [len(planes.planes), self.num_ws, self.w_dim])
-        origins, directions = self._rays(c, len(ws), resolution)
-        jitter = depth_jitter or ('random' if self.training else 'center')
-        if jitter == 'random':
-            jitter = functools.partial(uniform, device=ws.device)
-        rendered = render_rays(planes.planes, self.decoder, origins, directions, self.config.sampling, jitter)
-        features, depth = (_as_image(x, resolution) for x in (rendered.features, rendered.depth))
+        self._check_ws(ws, len(planes.planes))
+        features, depth = self.volume(planes, c, resolution, depth_jitter)
         raw = features[:, :3]
         noise_mode = self.config.superresolution_noise_mode
-        image = self.superresolution(raw, features, self._style_ws(ws), noise_mode)
+        image = self.superresolution(raw, features, self._ws_of('superresolution', ws), noise_mode)
         return {'image': image, 'image_raw': raw, 'image_depth': depth}
+
+    def volume(self, planes: Planes, c, resolution: int, depth_jitter=None):
+        """Render features [N, C, r, r] in 2x-1 scale and depth [N, 1, r, r]; arguments as in `render`."""
+        if resolution < 1:
+            raise ValueError(f'neural_rendering_resolution: expected at least 1, got {resolution}')
+        origins, directions = self._rays(c, len(planes.planes), resolution)
+        jitter = depth_jitter or ('random' if self.training else 'center')
+        if jitter == 'random':
+            jitter = functools.partial(uniform, device=c.device)
+        rendered = render_rays(planes.planes, self.decoder, origins, directions, self.config.sampling, jitter)
+        return tuple(_as_image(x, resolution) for x in (rendered.features, rendered.depth))
 
     def query(self, planes: Planes, points, with_rgb: bool = True) -> dict:
         """Return sigma [N, M, 1] (raw density) and rgb [N, M, C] at world points [N, M, 3].
@@ -145,7 +160,7 @@ class EG3DGenerator(nn.Module):
 
     def static_planes(self, ws, noise_mode='const'):
         """Return the planes [N, 3, C, R, R] that the static backbone paints."""
-        x = self.backbone.synthesis(self._style_ws(ws), noise_mode)
+        x = self.backbone.synthesis(self._ws_of('static', ws), noise_mode)
         return x.reshape(len(x), 3, -1, *x.shape[2:])
 
     def _synthesis_backbone(self, resolution, channels, has_mapping=True, mapping_ws=None, **unet):
@@ -173,8 +188,15 @@ class EG3DGenerator(nn.Module):
     def _num_mapping_ws(self):
         return num_ws_of(self.config.plane_resolution)
 
-    def _style_ws(self, ws):
-        return ws[:, : self.num_style_ws]
+    def _ws_of(self, part, ws):
+        """Return what a network takes: its styles, or its share of ws."""
+        if isinstance(ws, Styles):
+            return getattr(ws, part)
+        return ws[:, self.num_style_ws :] if part == 'texture' else ws[:, : self.num_style_ws]
+
+    def _check_ws(self, ws, batch):
+        if not isinstance(ws, Styles):
+            check_shape('ws', ws, [batch, self.num_ws, self.w_dim])
 
     def _rays(self, c, batch, resolution):
         if c.ndim != 2 or len(c) != batch or c.shape[1] < LABEL_LENGTH:
@@ -227,8 +249,8 @@ class Next3DGenerator(EG3DGenerator):
         v: vertices, then 68 landmarks, in metres, y up, z to the viewer. No gradient flows to v. Raises ValueError
         where ws and v do not fit.
         """
-        check_shape('ws', ws, [None, self.num_ws, self.w_dim])
-        self._check_mesh(v, len(ws))
+        self._check_ws(ws, None)
+        self._check_mesh(v, len(v) if isinstance(ws, Styles) else len(ws))
         static = self.static_planes(ws, noise_mode)
         head = self.rasterize(self.texture(ws, noise_mode), v)
         front = self.complete_mouth(head.features[:, 0], v, ws, noise_mode)
@@ -244,7 +266,7 @@ class Next3DGenerator(EG3DGenerator):
 
     def texture(self, ws, noise_mode='const'):
         """Return the neural texture [N, C, T, T] in UV space, row 0 at v = 1."""
-        return self.texture_backbone.synthesis(ws[:, self.num_style_ws :], noise_mode)
+        return self.texture_backbone.synthesis(self._ws_of('texture', ws), noise_mode)
 
     def rasterize(self, texture, v) -> head_raster.HeadPlanes:
         """Return the textured mesh as planes; gradient flows to the texture only."""
@@ -259,11 +281,22 @@ class Next3DGenerator(EG3DGenerator):
     def complete_mouth(self, front, v, ws, noise_mode='const'):
         """Return the front plane's dynamic feature [N, C, R, R]: the mouth redrawn, then the whole plane refined."""
         boxes = self.mouth_boxes(v)
-        ws = self._style_ws(ws)
         condition = mouth.crop_and_resize(front, boxes, self.config.mouth_resolution)
-        inner = self.mouth_backbone.synthesis(condition, ws, noise_mode)
+        inner = self.mouth_backbone.synthesis(condition, self._ws_of('mouth', ws), noise_mode)
         stitched = mouth.resize_and_paste(front, inner, boxes)
-        return self.neural_blending.synthesis(stitched, ws, noise_mode)
+        return self.neural_blending.synthesis(stitched, self._ws_of('blending', ws), noise_mode)
+
+    def styles(self, ws) -> Styles:
+        """Return what ws [N, num_ws, w_dim] do to all layers; methods take it in place of ws."""
+        self._check_ws(ws, None)
+        style_ws, texture_ws = self._ws_of('static', ws), self._ws_of('texture', ws)
+        return Styles(
+            self.backbone.synthesis.styles(style_ws),
+            self.texture_backbone.synthesis.styles(texture_ws),
+            self.mouth_backbone.synthesis.styles(style_ws),
+            self.neural_blending.synthesis.styles(style_ws),
+            self.superresolution.styles(style_ws),
+        )
 
     def mouth_boxes(self, v):
         """Return the mouth's boxes in the front plane [N, 4] (see `training.mouth`)."""

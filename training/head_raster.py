@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head mesh and neural texture to feature planes: views, coverage, eye mask (Sun et al. 2023, section 3.2)."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -70,13 +71,18 @@ def project(points: torch.Tensor, view: View, scale: float, shift: tuple[float, 
     """
     if not view.has_row_shift:
         shift = (shift[0], 0.0, shift[2])
-    flip_y = points.new_tensor([1.0, -1.0, 1.0])
-    flip_yz = points.new_tensor([1.0, -1.0, -1.0])
-    rotation = rotation_matrix(view.angles_deg).to(points.device)
+    flip_y, flip_yz, offset, shift, rotation = _constants(view.angles_deg, tuple(shift), points.device)
     # A sum of products instead of a matrix product: no TF32 may round screen coordinates.
     rotated = ((points * flip_y)[..., :, None] * rotation).sum(dim=-2)
-    screen = (rotated + points.new_tensor(shift)) * scale * flip_yz
-    return screen + points.new_tensor([0.0, 0.0, DEPTH_OFFSET])
+    return (rotated + shift) * scale * flip_yz + offset
+
+
+@functools.cache  # Without a limit: CUDA graphs go on reading the tensors.
+@torch.inference_mode(False)  # Kept for callers in all modes.
+def _constants(angles_deg, shift, device):
+    """Return what `project` needs on a device: copies from the host would wait for it, and graphs cannot hold them."""
+    rows = [[1.0, -1.0, 1.0], [1.0, -1.0, -1.0], [0.0, 0.0, DEPTH_OFFSET], list(shift)]
+    return *torch.tensor(rows).to(device).unbind(), rotation_matrix(angles_deg).to(device)
 
 
 def cover_views(screen: torch.Tensor, topology: Topology, resolution: int, impl: str | None = None) -> ViewCoverage:

@@ -89,7 +89,7 @@ def train(config: TrainConfig, ranks: Ranks, fresh: bool = False) -> int:
     DatasetError, RunError, legacy.NetworkFileError, geometry.meshes.MeshFileError or OSError for what users can mend,
     ToldElsewhereError where another process does so, RankLostError where one is gone.
     """
-    _set_up_backends(config)
+    torch.backends.cudnn.benchmark = config.benchmark
     ranks.first_alone(compile_plugins)
     data, data_digest = _open_data(config, ranks)
     folder = pathlib.Path(ranks.first_alone(lambda: str(open_run(config, data_digest, fresh))))
@@ -353,13 +353,6 @@ def _next(feed):
     except (DatasetError, OSError, RuntimeError) as error:  # RuntimeError: a worker process was killed.
         last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]  # Workers put a traceback before it.
         return None, ReadError(f'reading data failed: {last_line}')
-
-
-def _set_up_backends(config):
-    """Single precision means single precision; convolutions are tuned where asked for."""
-    torch.backends.cudnn.benchmark = config.benchmark
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _open_data(config, ranks):

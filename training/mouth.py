@@ -62,13 +62,20 @@ def _resize_weights(out_index, in_index, out_size, in_size):
     out_index, in_index: [N or 1, O], [N or 1, I]; inputs outside [0, in_size) get no weight. The sizes may differ by
     sample: [N, 1]. A triangle of width max(in/out, 1) around each output's centre, normalised over what it covers.
     """
-    scale = torch.as_tensor(in_size / out_size, dtype=torch.float32, device=in_index.device).reshape(-1, 1, 1)
+    scale = _as_column(in_size / out_size, in_index.device, torch.float32)
     centre = scale * (out_index[:, :, None] + 0.5)
     distance = (in_index[:, None, :] + 0.5 - centre).abs() / scale.clamp(min=1)
-    limit = torch.as_tensor(in_size, device=in_index.device).reshape(-1, 1, 1)
+    limit = _as_column(in_size, in_index.device, torch.int64)
     is_inside = (in_index[:, None, :] >= 0) & (in_index[:, None, :] < limit)
     weights = (1 - distance).clamp(min=0) * is_inside
     return weights / weights.sum(dim=2, keepdim=True).clamp(min=1e-8)
+
+
+def _as_column(size, device, dtype):
+    """Return sizes [N, 1], or one number for all, as [N or 1, 1, 1] without a copy from the host."""
+    if isinstance(size, torch.Tensor):
+        return size.to(dtype).reshape(-1, 1, 1)
+    return torch.full([1, 1, 1], size, dtype=dtype, device=device)
 
 
 def _apply_separable(x, row_weights, column_weights):

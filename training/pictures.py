@@ -82,6 +82,11 @@ def _stretch(x):
     return (x - low) / (high - low).clamp(min=1e-6) * 2 - 1
 
 
+def to_bytes(image: torch.Tensor) -> torch.Tensor:
+    """Return pictures [..., C, H, W] in [-1, 1] as bytes [..., H, W, C], rounded down as published; on their device."""
+    return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """Return pictures [..., C, H, W] in [-1, 1] as bytes [..., H, W, C], rounded down as published."""
-    return (image * 127.5 + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
+    """Return `to_bytes` as an array."""
+    return to_bytes(image).cpu().numpy()

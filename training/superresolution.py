@@ -60,11 +60,19 @@ class Superresolution(nn.Module):
         self.block1 = SynthesisBlock(widths[0], widths[1], w_dim, 2 * first, 3, 2, use_fp16, clamp)
 
     def forward(self, rgb, features, ws, noise_mode='none'):
-        """Upsample with the last of ws [N, num_ws, w_dim] in all layers."""
-        ws = ws[:, -1:].expand(-1, 3, -1)
+        """Upsample with the last of ws [N, num_ws, w_dim] in all layers, or with what `styles` made of it."""
+        ws = ws if isinstance(ws, tuple) else (self._repeat(ws),) * 2
         rgb, features = self._resize_input(rgb), self._resize_input(features)
-        features, rgb = self.block0(features, rgb, ws, noise_mode)
-        return self.block1(features, rgb, ws, noise_mode)[1]
+        features, rgb = self.block0(features, rgb, ws[0], noise_mode)
+        return self.block1(features, rgb, ws[1], noise_mode)[1]
+
+    def styles(self, ws):
+        """Return what the last of ws does to both blocks, for `forward`."""
+        ws = self._repeat(ws)
+        return self.block0.styles(ws), self.block1.styles(ws)
+
+    def _repeat(self, ws):
+        return ws[:, -1:].expand(-1, 3, -1)
 
     def _resize_input(self, x):
         size = self.variant.input_resolution

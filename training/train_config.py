@@ -16,6 +16,7 @@ from training.config import (
 )
 from training.loss import LossConfig
 from training.mesh_render import RENDER_COLOURS
+from training.precision import COMPUTE_DTYPES
 from training.superresolution import VARIANTS
 from training.volume.render import SamplingConfig
 
@@ -30,7 +31,8 @@ class TrainConfig(Serialisable):
     colours of the mesh rendering that the discriminator also sees ('normal' or 'uv'), or None.
     How: batch images per iteration, in micro-batches of batch_gpu on each of `gpus` processes; learning rates,
     intervals of the two regularisations (0: none); freezed: first layers of D that stay; ema_rampup of the average
-    (None: none); augmentation mode, probability (fixed), target and speed (ada); seed.
+    (None: none); augmentation mode, probability (fixed), target and speed (ada); precision, a key of
+    `training.precision.COMPUTE_DTYPES`; seed.
     From and to where: data, rdata, resume (weights to start from), outdir, desc. How long: kimg; a tick each tick_kimg;
     snapshots each snap ticks; a state at least every save_minutes (0: at snapshots alone). Machine: device 'cuda' or
     'cpu', gpus, workers, benchmark, timeout_s of collectives. patience: iterations in a row with a loss that is not
@@ -62,6 +64,7 @@ class TrainConfig(Serialisable):
     augment_p: float = 0.2
     ada_target: float = 0.6
     ada_kimg: float = 500.0
+    precision: str = 'fp32'
     seed: int = 0
     kimg: float = 25000.0
     tick_kimg: float = 4.0
@@ -76,6 +79,8 @@ class TrainConfig(Serialisable):
     timeout_s: float = 600.0
 
     def __post_init__(self):
+        if self.precision not in COMPUTE_DTYPES:
+            raise ValueError(f'precision: expected one of {", ".join(COMPUTE_DTYPES)}, got {self.precision!r}')
         if self.augment not in AUGMENT_MODES:
             raise ValueError(f'augment: expected one of {", ".join(AUGMENT_MODES)}, got {self.augment!r}')
         if self.disc_render not in (None, *RENDER_COLOURS):
@@ -165,8 +170,8 @@ DEFAULTS = dict(
     gen_pose_cond=False, gen_exp_cond=False, c_scale=1.0, gpc_reg_prob=0.5, gpc_reg_fade_kimg=1000.0, disc_c_noise=0.0,
     sr_noise_mode='none', style_mixing_prob=0.0, sr_num_fp16_res=4, g_num_fp16_res=0, d_num_fp16_res=4,
     density_reg=0.25, density_reg_every=4, density_reg_p_dist=0.004, density_region='box', reg_type='l1',
-    decoder_lr_mul=1.0, plane_layout='next3d', blend_planes='all', discriminator_version='dual', disc_render=None,
-    num_depths=None, generator={}, camera_setup='ffhq', desc='', device='cuda', dist_timeout=600.0,
+    decoder_lr_mul=1.0, precision='fp32', plane_layout='next3d', blend_planes='all', discriminator_version='dual',
+    disc_render=None, num_depths=None, generator={}, camera_setup='ffhq', desc='', device='cuda', dist_timeout=600.0,
     topology_path='data/demo/head_template.obj', rdata=None,
 )
 PRESETS = {
@@ -252,7 +257,7 @@ def make_config(preset: str, outdir: str, data: str, **given) -> TrainConfig:
 
 _SAME_NAMES = (
     'rdata', 'topology_path', 'desc', 'resume', 'mirror', 'disc_render', 'batch', 'glr', 'dlr', 'density_reg_every',
-    'freezed', 'seed', 'kimg', 'snap', 'save_minutes', 'device', 'gpus', 'workers',
+    'freezed', 'precision', 'seed', 'kimg', 'snap', 'save_minutes', 'device', 'gpus', 'workers',
 )
 
 

@@ -19,6 +19,7 @@ from training.generator import Next3DGenerator
 from training.layers import Conv2dLayer
 from training.loss import GeneratorInput, Next3DLoss, RealInput
 from training.mesh_render import MeshRenderer
+from training.precision import set_precision
 from training.topology import load_topology
 from training.train_config import TrainConfig
 
@@ -65,7 +66,7 @@ def layers_to_freeze(discriminator: Discriminator, count: int) -> list[Conv2dLay
 
 
 class Trainer:
-    """The state of a run on one process, and `step`.
+    """The state of a run on one process, and `step`. Sets the process's TF32 policy (see `training.precision`).
 
     Every random number is a function of seed, image number and phase, so the same micro-batches give the same losses
     on any number of processes, and nothing but `state_dict` is needed to go on. stats: where statistics go.
@@ -75,6 +76,7 @@ class Trainer:
         self.config, self.ranks, self.stats = config, ranks, stats
         self.networks = Networks(*(network.to(ranks.device) for network in networks))
         self.networks.G.train(), self.networks.D.train()
+        set_precision((self.networks.G, self.networks.G_ema), config.precision)
         for network in self.networks:
             network.requires_grad_(False)
         frozen = layers_to_freeze(self.networks.D, config.freezed)
@@ -184,7 +186,8 @@ class Trainer:
     def _make_adam(self, network, lr, interval):
         lr, betas = schedules.lazy_adam(lr, ADAM_BETAS, interval)
         parameters = [p for p in network.parameters() if id(p) not in self._frozen]
-        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=ADAM_EPSILON)
+        is_fused = self.ranks.device.type == 'cuda'  # On a CPU it would round differently from the published steps.
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=ADAM_EPSILON, fused=is_fused)
 
     def _make_loss(self):
         G, D, renderer = self.networks.G, self.networks.D, None

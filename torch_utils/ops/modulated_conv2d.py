@@ -40,29 +40,36 @@ def modulated_conv2d(
             f'got {list(weight.shape)} and {list(styles.shape)}'
         )
     if x.dtype == torch.float16 and demodulate:
-        weight, styles = _limit_range(weight, styles)
+        weight, styles = limit_weight(weight), limit_styles(styles)
     resample = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight)
     if not fused or n == 0:  # A grouped convolution needs at least one group.
         x = conv2d_resample(x * styles.to(x.dtype)[:, :, None, None], weight.to(x.dtype), **resample)
         if demodulate:
-            x = x * _demodulation(weight, styles).to(x.dtype)[:, :, None, None]
+            x = x * demodulation(weight.square().sum([2, 3]), styles).to(x.dtype)[:, :, None, None]
         return x if noise is None else x + noise.to(x.dtype)
     w = weight[None] * styles[:, None, :, None, None]
     if demodulate:
-        w = w * _demodulation(weight, styles)[:, :, None, None, None]
+        w = w * demodulation(weight.square().sum([2, 3]), styles)[:, :, None, None, None]
     w = w.reshape(n * out_channels, *weight.shape[1:]).to(x.dtype)
     x = conv2d_resample(x.reshape(1, n * in_channels, *x.shape[2:]), w, groups=n, **resample)
     x = x.reshape(n, out_channels, *x.shape[2:])
     return x if noise is None else x + noise.to(x.dtype)
 
 
-def _demodulation(weight, styles):
-    """Return 1/‖weight[o]·style‖ [N, O]; the sum over the kernel is shared by all samples."""
-    return (styles.square() @ weight.square().sum([2, 3]).t() + DEMODULATION_EPSILON).rsqrt()
+def demodulation(squared: torch.Tensor, styles: torch.Tensor) -> torch.Tensor:
+    """Return 1/‖weight[o]·style‖ [N, O]; squared [O, I]: the weight's squares summed over the kernel."""
+    return (styles.square() @ squared.t() + DEMODULATION_EPSILON).rsqrt()
 
 
-def _limit_range(weight, styles):
-    """Scale weights and styles to at most 1/√fan-in and 1: half precision cannot overflow, demodulation undoes it."""
+def limit_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Scale each output channel's weights to at most 1/√fan-in, which demodulation undoes.
+
+    With styles of at most 1 (`limit_styles`) no product in half precision can overflow.
+    """
     fan_in = weight[0].numel()
-    weight = weight / (weight.abs().amax([1, 2, 3], keepdim=True) * fan_in**0.5)
-    return weight, styles / styles.abs().amax(1, keepdim=True).clamp(min=DEMODULATION_EPSILON)
+    return weight / (weight.abs().amax([1, 2, 3], keepdim=True) * fan_in**0.5)
+
+
+def limit_styles(styles: torch.Tensor) -> torch.Tensor:
+    """Scale each sample's styles to at most 1, which demodulation undoes."""
+    return styles / styles.abs().amax(1, keepdim=True).clamp(min=DEMODULATION_EPSILON)

@@ -44,7 +44,8 @@ def _pixel(coordinate, size):
 
 
 @triton.jit
-def _corner(column, row, x_share, y_share, DX: tl.constexpr, DY: tl.constexpr, stride_h, stride_w, height, width, valid):
+def _corner(column, row, x_share, y_share, DX: tl.constexpr, DY: tl.constexpr, stride_h, stride_w, height, width,
+            valid):
     """Return offset, weight and mask [P] of one of a point's four neighbours."""
     x, y = column + DX, row + DY
     weight = (x_share if DX == 1 else 1.0 - x_share) * (y_share if DY == 1 else 1.0 - y_share)

@@ -36,7 +36,7 @@ def stratified_depths(
     near, far: [N, M, 1] or scalars. offsets: u in [0, 1), [N, M, count, 1]; the result has its shape.
     use_disparity: spaced evenly in 1/depth instead.
     """
-    near, far = (torch.as_tensor(limit, device=offsets.device)[..., None] for limit in (near, far))
+    near, far = (limit[..., None] if isinstance(limit, torch.Tensor) else limit for limit in (near, far))
     steps = torch.linspace(0, 1, count, device=offsets.device)[:, None]
     if use_disparity:
         s = steps + offsets / (count - 1)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast inference: weights prepared once, convolutions in half precision, CUDA graphs, an identity that stays.
+
+On a CPU the same classes run the plain forward in float32.
+"""
+
+import collections
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from training.backbone import freeze, set_compute_dtype
+from training.generator import Next3DGenerator, Planes, Styles
+from training.pictures import to_bytes
+
+DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
+WARM_UP = 3  # Runs before a capture: kernels are compiled and cuDNN chooses its algorithms.
+FRAMES_IN_FLIGHT = 3
+
+
+class CapturedCall:
+    """A function of tensors as a CUDA graph: its inputs are copied in, its outputs are overwritten by the next call.
+
+    function: tensors -> dict of tensors; launches no work that depends on values and keeps shapes. On a CPU it is just
+    called.
+    """
+
+    def __init__(self, function: Callable[..., dict], *examples: torch.Tensor):
+        self._function, self._inputs, self._graph = function, [x.clone() for x in examples], None
+        if examples[0].is_cuda:
+            self._capture()
+
+    def _capture(self):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = self._function(*self._inputs)
+
+    def __call__(self, *inputs: torch.Tensor) -> dict:
+        """Run on inputs of the examples' shapes, ValueError for others; on a GPU outputs live until the next call."""
+        shapes, expected = ([list(x.shape) for x in tensors] for tensors in (inputs, self._inputs))
+        if shapes != expected:
+            raise ValueError(f'inputs: expected shapes {expected}, got {shapes}')
+        if self._graph is None:
+            return self._function(*inputs)
+        for own, new in zip(self._inputs, inputs, strict=True):
+            own.copy_(new, non_blocking=True)
+        self._graph.replay()
+        return self._outputs
+
+
+class Synthesizer:
+    """A private copy of a generator, prepared for inference.
+
+    dtype: in which convolutions run on a GPU, a key of DTYPES. float16 is as fast as bfloat16 and finer, but ends at
+    65504: a network that goes beyond shows pictures that are not finite, then take bfloat16. float32 is exact and slow.
+    Not one after another from several threads: graphs share their buffers.
+    """
+
+    def __init__(self, generator: Next3DGenerator, dtype: str = 'fp16'):
+        if dtype not in DTYPES:
+            raise ValueError(f'dtype: expected one of {", ".join(DTYPES)}, got {dtype!r}')
+        self.generator = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.device = next(generator.parameters()).device
+        self.dtype = DTYPES[dtype] if self.device.type == 'cuda' else torch.float32
+        if self.device.type == 'cuda':
+            set_compute_dtype(self.generator, None if dtype == 'fp32' else self.dtype)
+            freeze(self.generator)
+        self._calls = {}
+
+    @torch.no_grad()
+    def synthesis(self, ws: torch.Tensor, c: torch.Tensor, v: torch.Tensor,
+                  neural_rendering_resolution: int | None = None) -> dict:
+        """Return what `Next3DGenerator.synthesis` returns, with constant noise and centred samples.
+
+        The first call of a batch size and resolution captures a graph (seconds); outputs live until the next call.
+        """
+        resolution = self._resolution(neural_rendering_resolution)
+        key = (len(ws), resolution)
+        if key not in self._calls:
+            def run(ws, c, v):
+                styles = self.generator.styles(ws)
+                texture = self.generator.texture(styles)
+                static = self.generator.static_planes(styles)
+                return self._draw(Identity(styles, texture, static), v, c, resolution)
+            self._calls[key] = CapturedCall(run, *(x.to(self.device) for x in (ws, c, v)))
+        return self._calls[key](ws, c, v)
+
+    @torch.no_grad()
+    def avatar(self, ws: torch.Tensor, neural_rendering_resolution: int | None = None) -> 'Avatar':
+        """Return an avatar of ws [N, num_ws, w_dim]: N people who are drawn together."""
+        return Avatar(self, ws.to(self.device), self._resolution(neural_rendering_resolution))
+
+    def _resolution(self, resolution):
+        return self.generator.neural_rendering_resolution if resolution is None else resolution
+
+    def _draw(self, identity, v, c, resolution):
+        planes = self._blend(identity, v)
+        return self.generator.render(planes, identity.styles, c, resolution, 'center')
+
+    def _blend(self, identity, v):
+        generator = self.generator
+        head = generator.rasterize(identity.texture, v)
+        front = generator.complete_mouth(head.features[:, 0], v, identity.styles)
+        return Planes(generator.blend(identity.static, front, head).planes.to(self.dtype))
+
+
+class Identity(NamedTuple):
+    """What does not change with expression and camera: styles, texture [N, C, T, T], static planes [N, 3, C, R, R]."""
+
+    styles: Styles
+    texture: torch.Tensor
+    static: torch.Tensor
+
+
+class Avatar:
+    """N people of one `Synthesizer`, whose expression and camera change from frame to frame."""
+
+    def __init__(self, synthesizer: Synthesizer, ws: torch.Tensor, resolution: int):
+        self._synthesizer, self._resolution, self._calls = synthesizer, resolution, {}
+        generator = synthesizer.generator
+        styles = generator.styles(ws)
+        self._identity = Identity(styles, generator.texture(styles), generator.static_planes(styles))
+        self.count = len(ws)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the avatar is drawn."""
+        return self._synthesizer.device
+
+    def render(self, v: torch.Tensor, c: torch.Tensor) -> dict:
+        """Draw meshes v [N, V + 68, 3] from the cameras of labels c [N, 25].
+
+        Returns image [N, 3, R, R] and image_raw [N, 3, r, r] in about [-1, 1], image_depth [N, 1, r, r] and picture
+        [N, R, R, 3] uint8. On a GPU the first call captures a graph (seconds), and the tensors are overwritten by the
+        next call. Raises ValueError where v and c do not fit.
+        """
+        return self._call('frame', self._frame, v, c)
+
+    def frames(self, driving: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[np.ndarray]:
+        """Draw (v, c) after (v, c); yield pictures [N, R, R, 3] uint8 in order.
+
+        On a GPU, copies to and from the host and what the caller does with a picture overlap with the next frames.
+        """
+        if self.device.type != 'cuda':
+            yield from (self.render(v, c)['picture'].numpy() for v, c in driving)
+            return
+        waiting, free = collections.deque(), []
+        copies = torch.cuda.Stream(self.device)
+        for v, c in driving:
+            picture = self.render(*(_pinned(x) for x in (v, c)))['picture']
+            buffer = free.pop() if free else torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
+            own = picture.clone()  # The next frame overwrites the graph's, perhaps before it has been copied.
+            copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(copies):
+                buffer.copy_(own, non_blocking=True)
+                own.record_stream(copies)
+                waiting.append((buffer, copies.record_event()))
+            if len(waiting) == FRAMES_IN_FLIGHT:
+                yield _arrived(waiting, free)
+        while waiting:
+            yield _arrived(waiting, free)
+
+    @torch.no_grad()
+    def _call(self, name, function, *inputs):
+        call = self._calls.get(name) or CapturedCall(function, *(x.to(self.device) for x in inputs))
+        out = call(*inputs)
+        self._calls[name] = call  # Now that it has worked once.
+        return out
+
+    def _frame(self, v, c):
+        out = self._synthesizer._draw(self._identity, v, c, self._resolution)
+        return out | {'picture': to_bytes(out['image'])}
+
+
+def _pinned(x):
+    return x if x.is_cuda else x.pin_memory()
+
+
+def _arrived(waiting, free):
+    """Return a copy of the oldest picture once it is on the host; its buffer may be filled anew."""
+    buffer, event = waiting.popleft()
+    event.synchronize()
+    free.append(buffer)
+    return buffer.numpy().copy()
