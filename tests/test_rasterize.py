@@ -232,7 +232,8 @@ def test_bad_calls(monkeypatch):
         ((positions, faces, 0), '^resolution: expected a positive int or .height, width., got 0$'),
         ((positions, faces, (4, 4, 4)), '^resolution: expected'),
         ((positions, faces, (4, 2.5)), '^resolution: expected'),
-        ((positions, faces, 4, 'cuda'), "^rasterize: expected impl to be one of 'ref', 'cpp', 'pytorch3d' or None, "),
+        ((positions, faces, 4, 'vulkan'),
+         "^rasterize: expected impl to be one of 'ref', 'cuda', 'cpp', 'pytorch3d' or None, got 'vulkan'$"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -3,11 +3,11 @@
 
 import torch
 
-from torch_utils.custom_ops import check_shape, cpu_backend, pick_impl, plugin
+from torch_utils.custom_ops import check_shape, cpu_backend, cuda_backend, pick_impl, plugin
 
 OPAQUE = 254 / 255  # A pixel above this blocks the flood; compared in fp32.
 
-_BACKENDS = {'cpp': cpu_backend('fill_holes')}
+_BACKENDS = {'cuda': cuda_backend('fill_holes_cuda'), 'cpp': cpu_backend('fill_holes')}
 
 
 @torch.no_grad()
@@ -16,7 +16,8 @@ def fill_holes(alpha: torch.Tensor, impl: str | None = None) -> torch.Tensor:
 
     alpha: [B, 1, H, W] fp32 in [0, 1], any device. Reached pixels keep their value; NaN blocks. Where the corner
            itself blocks, the flood starts from every open pixel of the border instead.
-    impl:  'cpp' (CPU tensors), 'ref' (any device; same result bit for bit), or None: follow the device.
+    impl:  'cuda' (CUDA tensors; never waits for the device), 'cpp' (CPU tensors), 'ref' (any device; same result bit
+           for bit), or None: follow the device.
     Returns a new tensor like alpha; no gradient flows.
     Raises ValueError for another shape or type, RuntimeError if the named implementation cannot be used.
     """
@@ -26,7 +27,9 @@ def fill_holes(alpha: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     chosen = pick_impl('fill_holes', impl, alpha.device, _BACKENDS)
     if alpha.numel() == 0:
         return alpha.clone()
-    return plugin('fill_holes').forward(alpha, OPAQUE) if chosen == 'cpp' else _fill_holes_ref(alpha)
+    if chosen == 'ref':
+        return _fill_holes_ref(alpha)
+    return plugin('fill_holes_cuda' if chosen == 'cuda' else 'fill_holes').forward(alpha, OPAQUE)
 
 
 def _fill_holes_ref(alpha: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from torch_utils.custom_ops import check_shape, cpu_backend, pick_impl, plugin
+from torch_utils.custom_ops import check_shape, cpu_backend, cuda_backend, pick_impl, plugin
 
 # Twice the area (fp32) below which a face is skipped, and what is added to it before the barycentrics divide by it.
 AREA_EPSILON = 1e-8
 
 _MAX_CANDIDATES = 2 ** 20  # Pixels tested at a time by the reference: bounds its memory to some 100 MB.
 _NO_BOX = 2 ** 63 - 1
+_BACKENDS = {'cuda': cuda_backend('rasterize_cuda'), 'cpp': cpu_backend('rasterize')}
 
 
 class RasterResult(NamedTuple):
@@ -35,25 +36,30 @@ def rasterize(positions: torch.Tensor, faces: torch.Tensor, resolution: int | tu
 
     positions:  [B, V, 3] fp32, (x', y', z') per view: -1 is the left edge and the top row, 1 the right and the bottom;
                 z' grows away from the viewer.
-    faces:      [F, 3] int64 in [0, V), on the same device.
+    faces:      [F, 3] int64 in [0, V), on the same device. 'cuda' cannot look without waiting for the device: there, a
+                face with another index covers nothing.
     resolution: height and width in pixels, or one number for both. Centres are at (i + 0.5) * 2 / size - 1.
-    impl:       'cpp' (CPU tensors), 'ref' (any device; same result bit for bit), 'pytorch3d' (when installed; only if
-                named), or None: follow the device.
-    No gradient flows. Raises ValueError for bad arguments, RuntimeError if the named implementation cannot be used.
+    impl:       'cuda' (CUDA tensors), 'cpp' (CPU tensors), 'ref' (any device; same result bit for bit), 'pytorch3d'
+                (when installed; only if named), or None: follow the device.
+    No gradient flows. 'cuda' never waits for the device, so a CUDA graph can record it after a first call at the same
+    resolution. Raises ValueError for bad arguments, RuntimeError if the named implementation cannot be used.
     """
     height, width = _check_arguments(positions, faces, resolution)
-    backends = {'cpp': cpu_backend('rasterize')}
+    backends = dict(_BACKENDS)
     if impl is not None:
         backends['pytorch3d'] = _pytorch3d_problem
     chosen = pick_impl('rasterize', impl, positions.device, backends)
+    if chosen != 'cuda':
+        _check_range(faces, positions.shape[1])
     if positions.shape[0] == 0 or faces.shape[0] == 0:
         return _nothing(positions.shape[0], height, width, positions.device)
     if chosen == 'pytorch3d':
         return _rasterize_pytorch3d(positions, faces, height, width)
     rows, columns = _pixel_centres(height, positions.device), _pixel_centres(width, positions.device)
-    if chosen == 'cpp':
-        return RasterResult(*plugin('rasterize').forward(positions, faces, rows, columns, AREA_EPSILON))
-    return _rasterize_ref(positions, faces, rows, columns)
+    if chosen == 'ref':
+        return _rasterize_ref(positions, faces, rows, columns)
+    compiled = plugin('rasterize_cuda' if chosen == 'cuda' else 'rasterize')
+    return RasterResult(*compiled.forward(positions, faces, rows, columns, AREA_EPSILON))
 
 
 def interpolate(result: RasterResult, corner_values: torch.Tensor) -> torch.Tensor:
@@ -83,14 +89,17 @@ def _check_arguments(positions: torch.Tensor, faces: torch.Tensor, resolution: i
             raise ValueError(f'{name}: expected {dtype}, got {tensor.dtype}')
     if faces.device != positions.device:
         raise ValueError(f'faces: expected to be on {positions.device} like positions, got {faces.device}')
-    if faces.numel() > 0:
-        lowest, highest = (int(bound) for bound in torch.aminmax(faces))
-        if lowest < 0 or highest >= positions.shape[1]:
-            raise ValueError(f'faces: expected indices in [0, {positions.shape[1]}), got {lowest} to {highest}')
     size = [resolution, resolution] if isinstance(resolution, int) else list(resolution)
     if len(size) != 2 or not all(isinstance(pixels, int) and pixels > 0 for pixels in size):
         raise ValueError(f'resolution: expected a positive int or (height, width), got {resolution!r}')
     return size
+
+
+def _check_range(faces: torch.Tensor, num_vertices: int) -> None:
+    if faces.numel() > 0:
+        lowest, highest = (int(bound) for bound in torch.aminmax(faces))
+        if lowest < 0 or highest >= num_vertices:
+            raise ValueError(f'faces: expected indices in [0, {num_vertices}), got {lowest} to {highest}')
 
 
 def _nothing(num_views: int, height: int, width: int, device: torch.device) -> RasterResult:
@@ -98,7 +107,7 @@ def _nothing(num_views: int, height: int, width: int, device: torch.device) -> R
     return RasterResult(torch.full_like(depth, -1, dtype=torch.int64), depth[..., None].repeat(1, 1, 1, 3), depth)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # Without a limit: CUDA graphs that were recorded go on reading the tensors.
 def _pixel_centres(size: int, device: torch.device) -> torch.Tensor:
     # Always computed on the CPU in fp64: no device's way of dividing matters, every backend reads the same numbers.
     return ((torch.arange(size, dtype=torch.float64) + 0.5) * 2 / size - 1).to(device, torch.float32)

@@ -70,8 +70,8 @@ def query(
     """Return sigma [N, M, 1] and rgb [N, M, C] at world points [N, M, 3]; in bounded memory where no gradient is kept.
 
     decoder: features [.., C] -> (rgb [.., C'], sigma [.., 1]). with_rgb: False may leave rgb out. impl: 'triton'
-    (fused, for decoders with `dense_weights` on a GPU; no gradient to the points), 'ref', or None: follow the device. Raises
-    RuntimeError if the named one cannot be used.
+    (fused, for decoders with `dense_weights` on a GPU; no gradient to the points), 'ref', or None: follow the device.
+    Raises RuntimeError if the named one cannot be used.
     """
     field = _field(planes, decoder, config)
     if _pick(field, planes, config, impl) == 'triton' and not points.requires_grad:
