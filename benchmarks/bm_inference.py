@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a
 from geometry import cameras, shapes  # noqa: E402  (needs the path above)
 from geometry.meshes import read_landmarks, read_obj, stack_mesh  # noqa: E402
 from training.generator import Next3DGenerator  # noqa: E402
-from training.inference import DTYPES, Synthesizer  # noqa: E402
+from training.inference import DTYPES, CapturedCall, Identity, Synthesizer  # noqa: E402
 from training.topology import load_topology  # noqa: E402
 from training.train_config import PRESETS, make_config  # noqa: E402
 
@@ -56,36 +56,35 @@ def measure_pictures(bench, generator, synthesizer, batch, resolution):
 
 def measure_pieces(bench, synthesizer, batch):
     """What a picture is made of, each piece in a graph of its own."""
-    from training.inference import CapturedCall
-
     generator = synthesizer.generator
     ws, c, v = inputs(generator, batch)
-    styles = generator.styles(ws)
+    styles = synthesizer._bank.styles(ws)
     texture, static = generator.texture(styles), generator.static_planes(styles)
-    head = generator.rasterize(texture, v)
-    front = generator.complete_mouth(head.features[:, 0], v, styles)
-    planes = synthesizer._blend(synthesizer_identity(styles, texture, static), v)
+    front = generator.rasterize(texture, v).features[:, 0].to(synthesizer.dtype)
+    front = front.contiguous(memory_format=torch.channels_last)
+    identity = Identity(generator.fold(styles), texture, static)
+    planes = synthesizer._blend(identity, v)
     pieces = {
-        'styles': lambda: generator.styles(ws),
+        'styles': lambda: _flat(synthesizer._bank.styles(ws)),
         'texture': lambda: generator.texture(styles),
         'static planes': lambda: generator.static_planes(styles),
-        'four views, texture and holes': lambda: generator.rasterize(texture, v),
-        'mouth and blending networks': lambda: generator.complete_mouth(head.features[:, 0], v, styles),
-        'blend': lambda: generator.blend(static, front, head).planes.to(synthesizer.dtype),
+        'four views and holes': lambda: generator.cover(v).alpha,
+        'four views, holes and texture': lambda: generator.rasterize(texture, v).features,
+        'mouth and blending networks': lambda: generator.complete_mouth(front, v, identity.styles),
+        'planes': lambda: synthesizer._blend(identity, v).planes,
     }
     for resolution in (64, 128):
-        pieces[f'rays, {resolution}'] = lambda r=resolution: generator.volume(planes, c, r)
-        pieces[f'render, {resolution}'] = lambda r=resolution: generator.render(planes, styles, c, r, 'center')
+        pieces[f'rays, {resolution}'] = lambda r=resolution: generator.volume(planes, c, r, 'center')[0]
+        pieces[f'render, {resolution}'] = lambda r=resolution: synthesizer._render(planes, identity, c, r)['image']
     for name, piece in pieces.items():
         captured = CapturedCall(lambda _, piece=piece: {'': piece()}, c)
         bench.measure(f'{name}, batch {batch}', lambda captured=captured: captured(c), batch=batch)
 
 
-def synthesizer_identity(styles, texture, static):
-    """Return the parts of an identity as the synthesizer keeps them."""
-    from training.inference import Identity
-
-    return Identity(styles, texture, static)
+def _flat(styles):
+    """Return one tensor that depends on all styles."""
+    blocks = [block for part in styles for block in (part.values() if isinstance(part, dict) else part)]
+    return torch.cat([style.scale.float() for block in blocks for style in block], dim=1)
 
 
 def measure_shape(bench, synthesizer, resolution):

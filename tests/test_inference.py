@@ -51,6 +51,41 @@ def test_styles_take_the_place_of_ws(tiny):
     assert not close(actual['image'][0], actual['image'][1])
 
 
+def test_the_bank_gives_the_styles_of_all_layers(tiny):
+    ws = tiny.mapping(latents(tiny, 3), LABELS)
+    synthesizer = Synthesizer(tiny)
+    with torch.no_grad():
+        actual, expected = synthesizer._bank.styles(ws), synthesizer.generator.styles(ws)
+    for part, reference in zip(actual, expected):
+        assert part.keys() == reference.keys() if isinstance(part, dict) else len(part) == len(reference)
+        for block, other in zip(*(list(x.values()) if isinstance(x, dict) else x for x in (part, reference))):
+            for style, e in zip(block, other, strict=True):
+                assert torch.allclose(style.scale, e.scale, rtol=1e-5, atol=1e-6)
+                assert (style.demodulation is None) == (e.demodulation is None)
+                assert e.demodulation is None or torch.allclose(style.demodulation, e.demodulation, rtol=1e-5)
+
+
+@pytest.mark.parametrize('blend_planes', ['all', 'front'])
+@pytest.mark.parametrize('layout', ['next3d', 'aligned'])
+def test_fused_head_planes(layout, blend_planes, monkeypatch):
+    """The kernels, in Triton's interpreter where there is no GPU, against the plain way."""
+    pytest.importorskip('triton')
+    config = Next3DConfig(**TINY | HEAD, plane_layout=layout, blend_planes=blend_planes)
+    generator = random_weights(Next3DGenerator(config, *topology())).eval().requires_grad_(False).to(DEVICE)
+    synthesizer = Synthesizer(generator, 'fp32')
+    ws = generator.mapping(latents(generator, 2).to(DEVICE), LABELS[:2].to(DEVICE))
+    v = meshes()[1:].to(DEVICE)
+    with torch.no_grad():
+        identity = synthesizer._identity(synthesizer._bank.styles(ws))
+        head = generator.rasterize(identity.texture, v)
+        front = generator.complete_mouth(head.features[:, 0], v, identity.styles)
+        expected = generator.blend(identity.static, front, head).planes
+        monkeypatch.setattr(synthesizer, 'device', torch.device('cuda'))
+        actual = synthesizer._blend(identity, v).planes
+    assert head.alpha.mean() > 0.05 and actual.stride(2) == 1
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_styles_of_other_ws_are_others(tiny):
     """Each network gets the part of ws that drives it."""
     ws = tiny.mapping(latents(tiny, 1), LABELS[:1])

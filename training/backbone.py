@@ -72,16 +72,26 @@ class SynthesisBlock(nn.Module):
             return x, rgb
         return x, rgb + (upsample2d(img, self.resample_filter) if self.up == 2 else img)
 
+    @property
+    def convolutions(self) -> list[SynthesisLayer]:
+        """The layers before torgb, in order."""
+        return [self.conv1] if hasattr(self, 'const') else [self.conv0, self.conv1]
+
     def styles(self, ws):
         """Return what ws [N, num_conv + 1, w_dim] do to the layers, for `forward`."""
-        layers = [self.conv1] if hasattr(self, 'const') else [self.conv0, self.conv1]
         *ws, last = ws.unbind(dim=1)
         dtype = self._dtype(last)
-        return [*(layer.style(w, dtype) for layer, w in zip(layers, ws, strict=True)), self.torgb.style(last)]
+        return [*(x.style(w, dtype) for x, w in zip(self.convolutions, ws, strict=True)), self.torgb.style(last)]
+
+    def fold(self, styles):
+        """Return styles of a frozen block for many pictures: what can be done once is done."""
+        *styles, last = styles
+        folded = [layer.fold(style) for layer, style in zip(self.convolutions, styles, strict=True)]
+        return [*folded, self.torgb.fold(last, self._dtype(last.scale))]
 
     def freeze(self):
         """Keep the weights of the convolutions as they are needed; changes of the parameters are not seen any more."""
-        for layer in [self.conv1] if hasattr(self, 'const') else [self.conv0, self.conv1]:
+        for layer in self.convolutions:
             layer.freeze(self._dtype(layer.weight))
 
     def _dtype(self, x):
@@ -137,16 +147,20 @@ class SynthesisNetwork(nn.Module):
     def _run_blocks(self, x, ws, noise_mode, inject=lambda x, resolution: x):
         """Run the blocks; `inject` may replace the features that enter each of them."""
         img = None
-        for r, block_ws in (ws if isinstance(ws, dict) else self._split(ws)).items():
+        for r, block_ws in (ws if isinstance(ws, dict) else self.split(ws)).items():
             x, img = getattr(self, f'b{r}')(inject(x, r), img, block_ws, noise_mode)
         return img
 
     def styles(self, ws):
         """Return what ws do to each block; `forward` takes it in place of ws, for as many pictures as one likes."""
         self._check_ws(ws)
-        return {r: getattr(self, f'b{r}').styles(block_ws) for r, block_ws in self._split(ws).items()}
+        return {r: getattr(self, f'b{r}').styles(block_ws) for r, block_ws in self.split(ws).items()}
 
-    def _split(self, ws):
+    def fold(self, styles):
+        """Return styles of a frozen network for many pictures (see `SynthesisBlock.fold`)."""
+        return {r: getattr(self, f'b{r}').fold(block_styles) for r, block_styles in styles.items()}
+
+    def split(self, ws):
         """Return the ws of each block that runs; a block's last, its torgb's, is the first of the next."""
         parts, first_w = {}, 0
         for r in self.block_resolutions:

@@ -270,13 +270,17 @@ class Next3DGenerator(EG3DGenerator):
 
     def rasterize(self, texture, v) -> head_raster.HeadPlanes:
         """Return the textured mesh as planes; gradient flows to the texture only."""
+        coverage = self.cover(v)
+        seen = head_raster.sample_texture(texture, coverage)
+        return head_raster.assemble_planes(seen, coverage, self.config.plane_layout)
+
+    def cover(self, v) -> head_raster.ViewCoverage:
+        """Return where the four views see the mesh; no gradient."""
         vertices, _ = self._split_mesh(v)
         views = head_raster.VIEWS[self.config.plane_layout]
         screen = torch.stack([self._project(vertices, view) for view in views], dim=1)
         topology = head_raster.Topology(self.faces[0], self.face_uvcoords[0], self.uv_face_mask)
-        coverage = head_raster.cover_views(screen, topology, self.config.plane_resolution)
-        seen = head_raster.sample_texture(texture, coverage)
-        return head_raster.assemble_planes(seen, coverage, self.config.plane_layout)
+        return head_raster.cover_views(screen, topology, self.config.plane_resolution)
 
     def complete_mouth(self, front, v, ws, noise_mode='const'):
         """Return the front plane's dynamic feature [N, C, R, R]: the mouth redrawn, then the whole plane refined."""
@@ -296,6 +300,16 @@ class Next3DGenerator(EG3DGenerator):
             self.mouth_backbone.synthesis.styles(style_ws),
             self.neural_blending.synthesis.styles(style_ws),
             self.superresolution.styles(style_ws),
+        )
+
+    def fold(self, styles: Styles) -> Styles:
+        """Return styles of a frozen network for many pictures: what can be done to weights once is done."""
+        return Styles(
+            self.backbone.synthesis.fold(styles.static),
+            self.texture_backbone.synthesis.fold(styles.texture),
+            self.mouth_backbone.synthesis.fold(styles.mouth),
+            self.neural_blending.synthesis.fold(styles.blending),
+            self.superresolution.fold(styles.superresolution),
         )
 
     def mouth_boxes(self, v):

@@ -12,8 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from torch_utils.ops import head_planes
+from torch_utils.ops.modulated_conv2d import DEMODULATION_EPSILON
 from training.backbone import freeze, set_compute_dtype
 from training.generator import Next3DGenerator, Planes, Styles
+from training.layers import HALF, Style, SynthesisLayer
 from training.pictures import to_bytes
 
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
@@ -57,6 +60,105 @@ class CapturedCall:
         return self._outputs
 
 
+class Identity(NamedTuple):
+    """What does not change with expression and camera: styles, texture [N, C, T, T], static planes [N, 3, C, R, R]."""
+
+    styles: Styles
+    texture: torch.Tensor
+    static: torch.Tensor
+
+
+class StyleBank:
+    """Styles of all layers of a frozen generator by a few large products in place of hundreds of small ones."""
+
+    def __init__(self, generator: Next3DGenerator):
+        self._generator, self._layers, numbers = generator, [], []
+        for layer, number in _layers_with_ws(generator):
+            self._layers.append(layer)
+            numbers.append(number)
+        device = generator.faces.device
+        sizes = [layer.weight.shape[1] for layer in self._layers]
+        repeats = torch.tensor(sizes)
+        self._layer_of_row = torch.arange(len(sizes)).repeat_interleave(repeats).to(device)
+        self._ws_of_row = torch.tensor(numbers).repeat_interleave(repeats).to(device)
+        affine = [_affine(layer) for layer in self._layers]
+        self._weight, self._bias = (torch.cat(x) for x in zip(*affine))
+        self._starts = [0, *repeats.cumsum(0).tolist()]
+        is_limited = [isinstance(x, SynthesisLayer) and x.frozen.weight.dtype in HALF for x in self._layers]
+        self._is_limited = torch.tensor(is_limited, device=device)
+        self._groups = list(self._demodulated_groups(device))
+
+    def _demodulated_groups(self, device):
+        """Yield numbers of layers of one shape, the rows of each, [L·I], and their squared weights [L, I, O]."""
+        by_shape = collections.defaultdict(list)
+        for number, layer in enumerate(self._layers):
+            if isinstance(layer, SynthesisLayer):
+                by_shape[tuple(layer.weight.shape[:2])].append(number)
+        for numbers in by_shape.values():
+            rows = torch.cat([torch.arange(self._starts[i], self._starts[i + 1]) for i in numbers]).to(device)
+            yield numbers, rows, torch.stack([self._layers[i].frozen.squared.t() for i in numbers])
+
+    def styles(self, ws: torch.Tensor) -> Styles:
+        """Return `Next3DGenerator.styles` of ws [N, num_ws, w_dim]."""
+        self._generator._check_ws(ws, None)
+        n, num_ws, _ = ws.shape
+        every = torch.nn.functional.linear(ws.flatten(0, 1), self._weight).view(n, num_ws, -1)
+        rows = every.gather(1, self._ws_of_row.expand(n, 1, -1))[:, 0] + self._bias
+        rows = self._limited(rows)
+        demodulation = [None] * len(self._layers)
+        for numbers, own_rows, squared in self._groups:
+            scale = rows.index_select(1, own_rows).view(n, len(numbers), -1).transpose(0, 1)
+            values = (torch.bmm(scale.square(), squared) + DEMODULATION_EPSILON).rsqrt()
+            for i, value in zip(numbers, values.unbind()):
+                demodulation[i] = value
+        scales = (rows[:, a:b] for a, b in zip(self._starts, self._starts[1:]))
+        found = (Style(*pair) for pair in zip(scales, demodulation))
+        return _arranged_like(self._generator, found)
+
+    def _limited(self, rows):
+        """Scale the styles of layers in half precision to at most 1, which their demodulation undoes."""
+        layers = self._layer_of_row.expand(len(rows), -1)
+        largest = rows.new_zeros([len(rows), len(self._layers)]).scatter_reduce_(1, layers, rows.abs(), 'amax')
+        divisor = torch.where(self._is_limited, largest.clamp(min=DEMODULATION_EPSILON), 1.0)
+        return rows / divisor.gather(1, layers)
+
+
+def _networks(generator):
+    """Return (synthesis network, the numbers of the ws that it takes [1, num_ws, 1]) in the order of Styles."""
+    numbers = torch.arange(generator.num_ws)[None, :, None]
+    style, texture = numbers[:, :generator.num_style_ws], numbers[:, generator.num_style_ws:]
+    networks = (generator.backbone, generator.texture_backbone, generator.mouth_backbone, generator.neural_blending)
+    return [(network.synthesis, x) for network, x in zip(networks, (style, texture, style, style), strict=True)]
+
+
+def _layers_with_ws(generator):
+    """Yield every layer that a w drives, with the number of that w, in the order of Styles."""
+    for network, numbers in _networks(generator):
+        for resolution, block_numbers in network.split(numbers).items():
+            block = getattr(network, f'b{resolution}')
+            yield from zip([*block.convolutions, block.torgb], block_numbers.flatten().tolist(), strict=True)
+    for block in (generator.superresolution.block0, generator.superresolution.block1):
+        for layer in [*block.convolutions, block.torgb]:
+            yield layer, generator.num_style_ws - 1
+
+
+def _arranged_like(generator, styles):
+    """Return a flat list of styles, in the order of `_layers_with_ws`, as Styles."""
+    parts = []
+    for network, numbers in _networks(generator):
+        blocks = network.split(numbers)
+        parts.append({r: [next(styles) for _ in range(x.shape[1])] for r, x in blocks.items()})
+    blocks = (generator.superresolution.block0, generator.superresolution.block1)
+    return Styles(*parts, tuple([next(styles) for _ in [*block.convolutions, block.torgb]] for block in blocks))
+
+
+def _affine(layer):
+    """Return weight [I, w_dim] and bias [I] from w to a layer's style."""
+    affine = layer.affine
+    gain = 1.0 if isinstance(layer, SynthesisLayer) else layer.weight_gain
+    return affine.weight * (affine.weight_gain * gain), affine.bias * (affine.bias_gain * gain)
+
+
 class Synthesizer:
     """A private copy of a generator, prepared for inference.
 
@@ -73,7 +175,8 @@ class Synthesizer:
         self.dtype = DTYPES[dtype] if self.device.type == 'cuda' else torch.float32
         if self.device.type == 'cuda':
             set_compute_dtype(self.generator, None if dtype == 'fp32' else self.dtype)
-            freeze(self.generator)
+        freeze(self.generator)
+        self._bank = StyleBank(self.generator)
         self._calls = {}
 
     @torch.no_grad()
@@ -87,49 +190,49 @@ class Synthesizer:
         key = (len(ws), resolution)
         if key not in self._calls:
             def run(ws, c, v):
-                styles = self.generator.styles(ws)
-                texture = self.generator.texture(styles)
-                static = self.generator.static_planes(styles)
-                return self._draw(Identity(styles, texture, static), v, c, resolution)
+                return self._draw(self._identity(self._bank.styles(ws)), v, c, resolution)
             self._calls[key] = CapturedCall(run, *(x.to(self.device) for x in (ws, c, v)))
         return self._calls[key](ws, c, v)
 
     @torch.no_grad()
     def avatar(self, ws: torch.Tensor, neural_rendering_resolution: int | None = None) -> 'Avatar':
         """Return an avatar of ws [N, num_ws, w_dim]: N people who are drawn together."""
-        return Avatar(self, ws.to(self.device), self._resolution(neural_rendering_resolution))
+        self.generator._check_ws(ws, None)
+        identity = self._identity(self.generator.fold(self._bank.styles(ws.to(self.device))))
+        return Avatar(self, identity, self._resolution(neural_rendering_resolution))
+
+    def _identity(self, styles):
+        return Identity(styles, self.generator.texture(styles), self.generator.static_planes(styles))
 
     def _resolution(self, resolution):
         return self.generator.neural_rendering_resolution if resolution is None else resolution
 
     def _draw(self, identity, v, c, resolution):
-        planes = self._blend(identity, v)
+        return self._render(self._blend(identity, v), identity, c, resolution)
+
+    def _render(self, planes, identity, c, resolution):
         return self.generator.render(planes, identity.styles, c, resolution, 'center')
 
     def _blend(self, identity, v):
         generator = self.generator
-        head = generator.rasterize(identity.texture, v)
-        front = generator.complete_mouth(head.features[:, 0], v, identity.styles)
-        return Planes(generator.blend(identity.static, front, head).planes.to(self.dtype))
-
-
-class Identity(NamedTuple):
-    """What does not change with expression and camera: styles, texture [N, C, T, T], static planes [N, 3, C, R, R]."""
-
-    styles: Styles
-    texture: torch.Tensor
-    static: torch.Tensor
+        layout, has_sides = generator.config.plane_layout, generator.config.blend_planes == 'all'
+        if self.device.type != 'cuda' or head_planes.problem(identity.texture) is not None:
+            head = generator.rasterize(identity.texture, v)
+            front = generator.complete_mouth(head.features[:, 0], v, identity.styles)
+            return Planes(generator.blend(identity.static, front, head).planes.to(self.dtype))
+        coverage = generator.cover(v)
+        front = head_planes.sample_front(identity.texture, coverage.uv, self.dtype)
+        front = generator.complete_mouth(front, v, identity.styles)
+        arguments = (identity.texture, *coverage, front, identity.static, layout, has_sides, self.dtype)
+        return Planes(head_planes.blend(*arguments))
 
 
 class Avatar:
     """N people of one `Synthesizer`, whose expression and camera change from frame to frame."""
 
-    def __init__(self, synthesizer: Synthesizer, ws: torch.Tensor, resolution: int):
-        self._synthesizer, self._resolution, self._calls = synthesizer, resolution, {}
-        generator = synthesizer.generator
-        styles = generator.styles(ws)
-        self._identity = Identity(styles, generator.texture(styles), generator.static_planes(styles))
-        self.count = len(ws)
+    def __init__(self, synthesizer: Synthesizer, identity: Identity, resolution: int):
+        self._synthesizer, self._identity, self._resolution, self._calls = synthesizer, identity, resolution, {}
+        self.count = len(identity.texture)
 
     @property
     def device(self) -> torch.device:

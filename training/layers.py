@@ -20,10 +20,14 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Style(NamedTuple):
-    """What a w does to a layer: factors of its input channels [N, I] and of its outputs [N, O], or None."""
+    """What a w does to a layer: factors of its input channels [N, I] and of its outputs [N, O], or None.
+
+    weight: the layer's weights with all that done to them, of a style that `fold` prepared for many pictures.
+    """
 
     scale: torch.Tensor
     demodulation: torch.Tensor | None
+    weight: torch.Tensor | None = None
 
 
 class FrozenWeights(NamedTuple):
@@ -83,7 +87,7 @@ class Conv2dLayer(nn.Module):
     def freeze(self, dtype):
         """Keep the weights as inputs of this dtype need them; changes of the parameters are not seen any more."""
         weight = (self.weight.detach() * self.weight_gain).to(dtype)
-        self.frozen = FrozenWeights(weight.contiguous(memory_format=memory_format(weight, dtype)))
+        self.frozen = FrozenWeights(weight.to(memory_format=memory_format(weight, dtype)))
 
     def forward(self, x, gain=1.0):
         """Apply the layer in the dtype of x; `gain` multiplies the result and its clamp."""
@@ -125,12 +129,22 @@ class SynthesisLayer(nn.Module):
     def freeze(self, dtype):
         """Keep the weights as inputs of this dtype need them; changes of the parameters are not seen any more."""
         weight, squared = (x.detach() for x in self._weights(dtype))
-        layout = memory_format(weight, dtype)
+        self.frozen = FrozenWeights(self._arranged(weight), squared, (self.noise_const * self.noise_strength).detach())
+
+    def fold(self, style):
+        """Return a style of a frozen layer with all that can be done once; a single picture's goes into the weights."""
+        dtype = self.frozen.weight.dtype
+        if len(style.scale) > 1:
+            return style._replace(scale=style.scale.to(dtype))
+        scale, demodulation = style.scale[0, :, None, None], style.demodulation[0, :, None, None, None]
+        return style._replace(weight=self._arranged((self.frozen.weight * scale * demodulation).to(dtype)))
+
+    def _arranged(self, weight):
+        """Return weights in the layout in which the convolution takes them."""
+        layout = memory_format(weight, weight.dtype)
         if self.up > 1:  # Transposed convolutions take the input channels first.
-            weight = weight.transpose(0, 1).contiguous(memory_format=layout).transpose(0, 1)
-        else:
-            weight = weight.contiguous(memory_format=layout)
-        self.frozen = FrozenWeights(weight, squared, (self.noise_const * self.noise_strength).detach())
+            return weight.transpose(0, 1).to(memory_format=layout).transpose(0, 1)
+        return weight.to(memory_format=layout)
 
     def forward(self, x, w, noise_mode):
         """Apply the layer in the dtype of x. w: [N, w_dim], or the Style that `style` made of it.
@@ -141,15 +155,14 @@ class SynthesisLayer(nn.Module):
         if not isinstance(w, Style) and not x.is_cuda:
             return self._forward_on_cpu(x, w, noise)
         style = w if isinstance(w, Style) else self.style(w, x.dtype)
+        weight, demodulation = style.weight, None
+        if weight is None:
+            x, demodulation = x * style.scale.to(x.dtype)[:, :, None, None], style.demodulation
+            weight = self._weights(x.dtype)[0] if self.frozen is None else self.frozen.weight
         x = conv2d_resample(
-            x * style.scale.to(x.dtype)[:, :, None, None],
-            self._weights(x.dtype)[0] if self.frozen is None else self.frozen.weight,
-            f=self.resample_filter,
-            up=self.up,
-            padding=1,
-            flip_weight=self.up == 1,
+            x, weight, f=self.resample_filter, up=self.up, padding=1, flip_weight=self.up == 1
         )
-        return modulated_bias_act(x, style.demodulation, noise, self.bias, act='lrelu', clamp=self.conv_clamp)
+        return modulated_bias_act(x, demodulation, noise, self.bias, act='lrelu', clamp=self.conv_clamp)
 
     def _forward_on_cpu(self, x, w, noise):
         x = modulated_conv2d(
@@ -196,14 +209,21 @@ class ToRGBLayer(nn.Module):
         """Return what w [N, w_dim] does to the layer."""
         return Style(self.affine(w) * self.weight_gain, None)
 
+    def fold(self, style, dtype):
+        """Return a style with the weights that it makes, for layers that run in this dtype."""
+        return style._replace(weight=self._weight(style).to(dtype))
+
     def forward(self, x, w):
         """Project the features to colours in the dtype of x. w: [N, w_dim], or the Style that `style` made of it."""
         style = w if isinstance(w, Style) else self.style(w)
         if x.is_cuda or isinstance(w, Style):
-            x = _project(x, (self.weight[:, :, 0, 0] * style.scale[:, None]).to(x.dtype))
+            x = _project(x, self._weight(style).to(x.dtype) if style.weight is None else style.weight)
         else:
             x = modulated_conv2d(x, self.weight, style.scale, demodulate=False, fused=not self.training)
         return bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+
+    def _weight(self, style):
+        return self.weight[:, :, 0, 0] * style.scale[:, None]
 
 
 def _project(x, weight):

@@ -71,6 +71,10 @@ class Superresolution(nn.Module):
         ws = self._repeat(ws)
         return self.block0.styles(ws), self.block1.styles(ws)
 
+    def fold(self, styles):
+        """Return styles of frozen blocks for many pictures (see `SynthesisBlock.fold`)."""
+        return self.block0.fold(styles[0]), self.block1.fold(styles[1])
+
     def _repeat(self, ws):
         return ws[:, -1:].expand(-1, 3, -1)
 

@@ -56,6 +56,11 @@ def problem(field: Field, num_samples: int = 1) -> str | None:
             return f'{name}: expected a power of two from {SMALLEST_DOT} to {most}, got {size}'
     if num_samples > MOST_SAMPLES:
         return f'samples: expected at most {MOST_SAMPLES} a ray, got {num_samples}'
+    return triton_problem(device)
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run on a device; None where they can."""
     if importlib.util.find_spec('triton') is None:
         return 'Triton is not installed'
     if is_interpreted():
@@ -113,9 +118,10 @@ def _add_fine_depths(field, origins, directions, depths, draws):
     )
     draws = draws.flatten(0, 1)
     merged = depths.new_empty([n, m, s + draws.shape[1]])
+    size = _power_of_two(max(s, draws.shape[1]))
     kernels.importance_kernel[(n * m,)](
         depths, sigma, draws, merged, draws.stride(0), draws.stride(1), s, draws.shape[1],
-        S=_power_of_two(s), F=_power_of_two(draws.shape[1]), num_warps=1,
+        S=size, num_warps=1,
     )
     return merged
 

@@ -247,11 +247,12 @@ def _interval_weights(sigma, sigma_next, t, t_next, i, num_samples):
 
 @triton.jit
 def importance_kernel(depths, sigma, draws, merged, stride_draw_ray, stride_draw, num_samples, num_fine,
-                      S: tl.constexpr, F: tl.constexpr):
+                      S: tl.constexpr):
     """Draw fine depths where a first pass found density and merge both lists in order; one ray a program.
 
     depths, sigma: [R, num_samples], ascending. draws: [R, num_fine]. merged: [R, num_samples + num_fine].
-    S, F: the next powers of two. Formulas: training.volume.samples.
+    S: a power of two from both numbers on; gathers between lists of unlike sizes read outside. Formulas:
+    training.volume.samples.
     """
     ray = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, S)
@@ -272,7 +273,7 @@ def importance_kernel(depths, sigma, draws, merged, stride_draw_ray, stride_draw
     cdf = tl.where(i > 0, tl.gather(total, tl.maximum(i - 1, 0), 0), 0.0)
     edges = 0.5 * (t + t_next)
 
-    j = tl.arange(0, F)
+    j = tl.arange(0, S)
     is_fine = j < num_fine
     u = tl.load(draws + ray * stride_draw_ray + j * stride_draw, mask=is_fine, other=0.0)
     is_below = (cdf[None, :] <= u[:, None]) & (i <= num_bins)[None, :]

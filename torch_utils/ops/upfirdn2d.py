@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from torch_utils.custom_ops import pick_impl
+from torch_utils.custom_ops import cuda_backend, pick_impl, plugin
 
 SEPARABLE_FROM_TAPS = 8  # 1-D filters of fewer taps are stored as their outer product.
+
+_BACKENDS = {'cuda': cuda_backend('upfirdn2d_cuda')}
 
 
 def setup_filter(
@@ -56,8 +58,10 @@ def upfirdn2d(
     up, down:     factors, an int or (x, y).
     padding:      an int, (x, y) or (x_before, x_after, y_before, y_after) in upsampled pixels; negative crops.
     flip_filter:  False: convolution; True: correlation.
-    impl:         'ref' (torch operations, any device) or None: follow the device.
-    Returns [N, C, (H·up + pads - fh) // down + 1, likewise W]. Differentiable any number of times with respect to x.
+    impl:         'cuda' (compiled, CUDA tensors; sums of half types are fp32, the layout of x is kept), 'ref' (torch
+                  operations, any device) or None: follow the device.
+    Returns [N, C, (H·up + pads - fh) // down + 1, likewise W]. Differentiable any number of times with respect to x,
+    with the same implementation. Raises ValueError for bad arguments, RuntimeError if `impl` cannot be used.
     """
     if x.ndim != 4:
         raise ValueError(f'x: expected [N, C, H, W], got {list(x.shape)}')
@@ -67,8 +71,10 @@ def upfirdn2d(
     fw, fh = filter_size(f)
     if x.shape[3] * up[0] + sum(padding[:2]) < fw or x.shape[2] * up[1] + sum(padding[2:]) < fh:
         raise ValueError(f'x: upsampled and padded it is smaller than the filter [{fh}, {fw}], got {list(x.shape)}')
-    pick_impl('upfirdn2d', impl, x.device)
-    return _Upfirdn2d.apply(x, f, up, down, padding, flip_filter, gain)
+    implementation = _IMPLEMENTATIONS[pick_impl('upfirdn2d', impl, x.device, _BACKENDS)]
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Upfirdn2d.apply(x, f, implementation, up, down, padding, flip_filter, gain)
+    return implementation(x, f, up, down, padding, flip_filter, gain)
 
 
 class _Upfirdn2d(torch.autograd.Function):
@@ -78,10 +84,10 @@ class _Upfirdn2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, f, *arguments):
+    def forward(ctx, x, f, implementation, *arguments):
         ctx.save_for_backward(f)
-        ctx.size, ctx.arguments = x.shape[2:], arguments
-        return _upfirdn2d_ref(x, f, *arguments)
+        ctx.size, ctx.implementation, ctx.arguments = x.shape[2:], implementation, arguments
+        return implementation(x, f, *arguments)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -92,8 +98,12 @@ class _Upfirdn2d(torch.autograd.Function):
             fw - 1 - px0, w * up[0] - gradient.shape[3] * down[0] + px0 - up[0] + 1,
             fh - 1 - py0, h * up[1] - gradient.shape[2] * down[1] + py0 - up[1] + 1,
         )
-        x = _Upfirdn2d.apply(gradient, f, down, up, padding, not flip_filter, gain)
-        return x, None, None, None, None, None, None
+        x = _Upfirdn2d.apply(gradient, f, ctx.implementation, down, up, padding, not flip_filter, gain)
+        return x, None, None, None, None, None, None, None
+
+
+def _upfirdn2d_cuda(x, f, up, down, padding, flip_filter, gain):
+    return plugin('upfirdn2d_cuda').forward(x, f, up, down, padding, flip_filter, gain)
 
 
 def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
@@ -128,6 +138,9 @@ def _filter(x, f, stride, padding):
     c = x.shape[1]
     f = f.expand(c, 1, *f.shape)
     return functional.conv2d(x, f, stride=(stride[1], stride[0]), padding=inner, groups=c)
+
+
+_IMPLEMENTATIONS = {'ref': _upfirdn2d_ref, 'cuda': _upfirdn2d_cuda}
 
 
 def filter2d(x, f, padding=0, flip_filter=False, gain=1.0, impl=None):

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The neural texture seen by the head's four views, and its blend with the static planes, in two passes on a GPU.
+
+For inference: no gradient. The reference is `training.head_raster` with `Next3DGenerator.blend`; Triton as in `triplane`.
+"""
+
+import torch
+
+from torch_utils.custom_ops import check_shape
+from torch_utils.ops.triplane import triton_problem
+
+PIXELS_PER_PROGRAM = 64
+
+
+def problem(texture: torch.Tensor) -> str | None:
+    """Return why the kernels cannot take textures [N, C, T, T] like this one; None where they can."""
+    channels = texture.shape[1]
+    if channels & (channels - 1):
+        return f'channels: expected a power of two, got {channels}'
+    return triton_problem(texture.device)
+
+
+@torch.no_grad()
+def sample_front(texture: torch.Tensor, uv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the texture [N, C, T, T] that the first of four views sees, [N, C, H, W] channels last in this dtype.
+
+    uv: [N, 4, H, W, 2] float32 in [-1, 1], bilinear and zero outside.
+    """
+    from torch_utils.ops import head_planes_kernels as kernels  # Importing Triton takes half a second.
+
+    uv = uv.contiguous()
+    n, _, h, w, _ = uv.shape
+    c = texture.shape[1]
+    check_shape('texture', texture, [n, None, None, None])
+    out = torch.empty([n, h, w, c], dtype=dtype, device=texture.device)
+    kernels.sample_kernel[(_blocks(h * w), n)](
+        texture, uv, out, h * w, *texture.stride(), *texture.shape[2:], C=c, P=PIXELS_PER_PROGRAM
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def blend(texture: torch.Tensor, uv: torch.Tensor, alpha: torch.Tensor, visible: torch.Tensor, front: torch.Tensor,
+          static: torch.Tensor, layout: str, has_sides: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Return alpha·dynamic + (1 - alpha)·static [N, 3, C, H, W] in this dtype, channels last within each plane.
+
+    The dynamic planes are `front` [N, C, H, W] and what the other views see of the texture, as `layout` ('next3d' or
+    'aligned') puts them; without has_sides, planes 1 and 2 are the static ones. uv: as in `sample_front`. alpha, visible: [N, 4, H, W]. static: [N, 3, C, H, W].
+    """
+    from torch_utils.ops import head_planes_kernels as kernels
+
+    uv, alpha, visible = uv.contiguous(), alpha.contiguous(), visible.contiguous()
+    n, _, c, h, w = static.shape
+    check_shape('uv', uv, [n, 4, h, w, 2])
+    check_shape('front', front, [n, c, h, w])
+    out = torch.empty([n, 3, h, w, c], dtype=dtype, device=texture.device)
+    kernels.blend_kernel[(_blocks(h * w), 3, n)](
+        texture, uv, alpha, visible, front, static, out, h, w, *texture.stride(), *texture.shape[2:], *front.stride(),
+        *static.stride(), SIDES=has_sides, ALIGNED=layout == 'aligned', C=c, P=PIXELS_PER_PROGRAM,
+    )
+    return out.permute(0, 1, 4, 2, 3)
+
+
+def _blocks(count):
+    return (count + PIXELS_PER_PROGRAM - 1) // PIXELS_PER_PROGRAM
