@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The neural texture seen by the head's four views, and its blend with the static planes, in two passes on a GPU.
 
-For inference: no gradient. The reference is `training.head_raster` with `Next3DGenerator.blend`; Triton as in `triplane`.
+For inference: no gradient. The reference is `training.head_raster` with `Next3DGenerator.blend`.
 """
 
 import torch
@@ -40,8 +40,10 @@ def sample_front(texture: torch.Tensor, uv: torch.Tensor, dtype: torch.dtype) ->
 
 
 @torch.no_grad()
-def blend(texture: torch.Tensor, uv: torch.Tensor, alpha: torch.Tensor, visible: torch.Tensor, front: torch.Tensor,
-          static: torch.Tensor, layout: str, has_sides: bool, dtype: torch.dtype) -> torch.Tensor:
+def blend(
+    texture: torch.Tensor, uv: torch.Tensor, alpha: torch.Tensor, visible: torch.Tensor, front: torch.Tensor,
+    static: torch.Tensor, layout: str, has_sides: bool, dtype: torch.dtype,
+) -> torch.Tensor:
     """Return alpha·dynamic + (1 - alpha)·static [N, 3, C, H, W] in this dtype, channels last within each plane.
 
     The dynamic planes are `front` [N, C, H, W] and what the other views see of the texture, as `layout` ('next3d' or
