@@ -69,7 +69,7 @@ def test_generator_on_cuda_equals_cpu(demo_inputs, layout):
 
 def test_half_precision_superresolution_stays_close(demo_inputs):
     exact, half = (run(demo_generator(sr_num_fp16_res=n), demo_inputs, 'cuda') for n in (0, 4))
-    assert deviation(half['image_raw'], exact['image_raw']) == 0
+    assert deviation(half['image_raw'], exact['image_raw']) < 1e-5  # cuDNN may take another algorithm each time.
     assert 0 < deviation(half['image'], exact['image']) < 2e-2
 
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from torch_utils import randomness
 from torch_utils.randomness import normal, sample_draws, uniform
 
 
@@ -54,3 +55,15 @@ def test_outside_the_block_torch_draws():
     expected = torch.rand([2, 3])
     torch.manual_seed(5)
     assert torch.equal(uniform([2, 3]), expected)
+
+
+@pytest.mark.parametrize('is_normal', [False, True])
+def test_fused_draws_are_the_same_bits(is_normal):
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip('triton')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    keys = torch.tensor([3, -5, 2**62], device=device)
+    arguments = (keys, randomness._wrap(7 * randomness.GOLDEN), 1500, is_normal)
+    fused, plain = randomness._draw_fused(*arguments), randomness._draw(*arguments)
+    assert torch.allclose(fused, plain, rtol=1e-5, atol=1e-6) and fused.std() > 0.2
+    assert is_normal or torch.equal(fused, plain)

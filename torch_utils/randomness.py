@@ -14,9 +14,12 @@ from contextvars import ContextVar
 
 import torch
 
+from torch_utils.ops.triplane import triton_problem
+
 # 64-bit constants of SplitMix64 as signed numbers: torch's integers wrap around.
 GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 FRACTION_BITS = 24  # Of a float32 in [0, 1).
+DRAWS_PER_PROGRAM = 1024
 
 
 class _Stream:
@@ -25,21 +28,38 @@ class _Stream:
     def __init__(self, keys):
         self.keys, self.count = keys, 0
 
-    def bits(self, shape, device):
-        """Return 64 random bits for each entry; the first dimension counts samples, or equal parts of them."""
-        samples = len(self.keys)
-        rows = shape[0] if shape else 1
-        if rows % samples and shape:
+    def draw(self, shape, device, is_normal):
+        """Return numbers of this shape; the first dimension counts samples, or equal parts of them."""
+        samples, device = len(self.keys), torch.device(device)
+        if shape and shape[0] % samples:
             raise ValueError(f'shape: expected a multiple of {samples} samples first, got {list(shape)}')
-        if self.keys.device.type != torch.device(device).type:
+        if self.keys.device.type != device.type:
             self.keys = self.keys.pin_memory().to(device, non_blocking=True)  # Nothing waits for the device.
-        keys = _mix(self.keys + _wrap(self.count * GOLDEN))
+        keys, per_sample = (self.keys, math.prod(shape) // samples) if shape else (self.keys[:1], 1)
+        offset = _wrap(self.count * GOLDEN)
         self.count += 1
-        if not shape:
-            return _mix(keys[0] + GOLDEN)
-        per_sample = math.prod(shape) // samples
-        counters = torch.arange(1, per_sample + 1, device=device)
-        return _mix(keys[:, None] + counters * GOLDEN).reshape(shape)
+        draw = _draw_fused if device.type == 'cuda' and triton_problem(device) is None else _draw
+        return draw(keys, offset, per_sample, is_normal).reshape(shape)
+
+
+def _draw(keys, offset, per_sample, is_normal):
+    """Return draws [samples, per_sample] of the samples with these keys."""
+    counters = torch.arange(1, per_sample + 1, device=keys.device)
+    bits = _mix(_mix(keys + offset)[:, None] + counters * GOLDEN)
+    if not is_normal:
+        return _fraction(bits, 64 - FRACTION_BITS)
+    radius = (-2 * torch.log1p(-_fraction(bits, 64 - FRACTION_BITS))).sqrt()
+    return radius * torch.cos(2 * math.pi * _fraction(bits, 64 - 2 * FRACTION_BITS))
+
+
+def _draw_fused(keys, offset, per_sample, is_normal):
+    from torch_utils.ops.draw_kernels import draw_kernel  # Importing Triton takes half a second.
+
+    out = torch.empty([len(keys), per_sample], device=keys.device)
+    if out.numel():
+        grid = (-(-per_sample // DRAWS_PER_PROGRAM), len(keys))
+        draw_kernel[grid](keys, out, offset, per_sample, NORMAL=is_normal, B=DRAWS_PER_PROGRAM)
+    return out
 
 
 _stream: ContextVar[_Stream | None] = ContextVar('stream', default=None)
@@ -62,7 +82,7 @@ def uniform(shape: Sequence[int], device: torch.device | str = 'cpu') -> torch.T
     stream = _stream.get()
     if stream is None:
         return torch.rand(list(shape), device=device)
-    return _fraction(stream.bits(list(shape), device), 64 - FRACTION_BITS)
+    return stream.draw(list(shape), device, is_normal=False)
 
 
 def normal(shape: Sequence[int], device: torch.device | str = 'cpu') -> torch.Tensor:
@@ -70,9 +90,7 @@ def normal(shape: Sequence[int], device: torch.device | str = 'cpu') -> torch.Te
     stream = _stream.get()
     if stream is None:
         return torch.randn(list(shape), device=device)
-    bits = stream.bits(list(shape), device)
-    radius = (-2 * torch.log1p(-_fraction(bits, 64 - FRACTION_BITS))).sqrt()
-    return radius * torch.cos(2 * math.pi * _fraction(bits, 64 - 2 * FRACTION_BITS))
+    return stream.draw(list(shape), device, is_normal=True)
 
 
 def _wrap(number):

@@ -16,7 +16,7 @@ from torch_utils.ops import head_planes
 from torch_utils.ops.modulated_conv2d import DEMODULATION_EPSILON
 from training.backbone import freeze, set_compute_dtype
 from training.generator import Next3DGenerator, Planes, Styles
-from training.layers import HALF, Style, SynthesisLayer
+from training.layers import Style, SynthesisLayer
 from training.pictures import to_bytes
 
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
@@ -84,7 +84,7 @@ class StyleBank:
         affine = [_affine(layer) for layer in self._layers]
         self._weight, self._bias = (torch.cat(x) for x in zip(*affine))
         self._starts = [0, *repeats.cumsum(0).tolist()]
-        is_limited = [isinstance(x, SynthesisLayer) and x.frozen.weight.dtype in HALF for x in self._layers]
+        is_limited = [isinstance(x, SynthesisLayer) and x.frozen.weight.dtype == torch.float16 for x in self._layers]
         self._is_limited = torch.tensor(is_limited, device=device)
         self._groups = list(self._demodulated_groups(device))
 

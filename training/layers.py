@@ -121,7 +121,7 @@ class SynthesisLayer(nn.Module):
     def style(self, w, dtype):
         """Return what w [N, w_dim] does to the layer when it runs in this dtype."""
         scale = self.affine(w)
-        if dtype in HALF:
+        if dtype == torch.float16:  # bfloat16 reaches as far as float32.
             scale = limit_styles(scale)
         squared = self._weights(dtype)[1] if self.frozen is None else self.frozen.squared
         return Style(scale, demodulation(squared, scale))
@@ -180,7 +180,7 @@ class SynthesisLayer(nn.Module):
 
     def _weights(self, dtype):
         """Return the weights that the convolution takes and their squares summed over the kernel [O, I]."""
-        weight = limit_weight(self.weight) if dtype in HALF else self.weight
+        weight = limit_weight(self.weight) if dtype == torch.float16 else self.weight
         return weight.to(dtype), weight.square().sum([2, 3])
 
     def _noise(self, batch, noise_mode):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from torch_utils.ops.conv2d import conv2d, conv_transpose2d
 from torch_utils.ops.upfirdn2d import filter_size, parse_padding, upfirdn2d
 
 
@@ -63,8 +64,8 @@ def _conv(x, w, stride=1, groups=1, flip_weight=True, pads=(0, 0, 0, 0)):
     if not flip_weight:
         w = w.flip([2, 3])
     if pads[0] == pads[1] >= 0 and pads[2] == pads[3] >= 0:
-        return functional.conv2d(x, w, stride=stride, padding=(pads[2], pads[0]), groups=groups)
-    return functional.conv2d(functional.pad(x, pads), w, stride=stride, groups=groups)
+        return conv2d(x, w, stride, (pads[2], pads[0]), groups)
+    return conv2d(functional.pad(x, pads), w, stride, groups=groups)
 
 
 def _transposed_conv_then_filter(x, w, f, up, pads, groups, flip_weight, flip_filter):
@@ -77,7 +78,7 @@ def _transposed_conv_then_filter(x, w, f, up, pads, groups, flip_weight, flip_fi
     w = _swap_in_and_out(w, groups)
     if flip_weight:
         w = w.flip([2, 3])
-    x = functional.conv_transpose2d(x, w, stride=up, groups=groups)
+    x = conv_transpose2d(x, w, stride=up, groups=groups)
     px0, px1, py0, py1 = pads
     pads = (px0 - (k_w - 1), px1 - (k_w - up), py0 - (k_h - 1), py1 - (k_h - up))
     return upfirdn2d(x, f, padding=pads, gain=up**2, flip_filter=flip_filter)

@@ -47,7 +47,8 @@ def blend(
     """Return alpha·dynamic + (1 - alpha)·static [N, 3, C, H, W] in this dtype, channels last within each plane.
 
     The dynamic planes are `front` [N, C, H, W] and what the other views see of the texture, as `layout` ('next3d' or
-    'aligned') puts them; without has_sides, planes 1 and 2 are the static ones. uv: as in `sample_front`. alpha, visible: [N, 4, H, W]. static: [N, 3, C, H, W].
+    'aligned') puts them; without has_sides, planes 1 and 2 are the static ones. uv: as in `sample_front`. alpha,
+    visible: [N, 4, H, W]. static: [N, 3, C, H, W].
     """
     from torch_utils.ops import head_planes_kernels as kernels
 

@@ -64,12 +64,13 @@ def demodulation(squared: torch.Tensor, styles: torch.Tensor) -> torch.Tensor:
 def limit_weight(weight: torch.Tensor) -> torch.Tensor:
     """Scale each output channel's weights to at most 1/√fan-in, which demodulation undoes.
 
-    With styles of at most 1 (`limit_styles`) no product in half precision can overflow.
+    With styles of at most 1 (`limit_styles`) no product in half precision can overflow. No gradient flows through the
+    divisors of the two: the result does not depend on them.
     """
     fan_in = weight[0].numel()
-    return weight / (weight.abs().amax([1, 2, 3], keepdim=True) * fan_in**0.5)
+    return weight / (weight.detach().abs().amax([1, 2, 3], keepdim=True) * fan_in**0.5)
 
 
 def limit_styles(styles: torch.Tensor) -> torch.Tensor:
     """Scale each sample's styles to at most 1, which demodulation undoes."""
-    return styles / styles.abs().amax(1, keepdim=True).clamp(min=DEMODULATION_EPSILON)
+    return styles / styles.detach().abs().amax(1, keepdim=True).clamp(min=DEMODULATION_EPSILON)

@@ -12,7 +12,6 @@ import torch
 
 POINTS_PER_PROGRAM = 128
 RAYS_PER_PROGRAM = 8  # Of the backward pass: gradients of the decoder are summed in registers over so many.
-FORWARD_WARPS = BACKWARD_WARPS = 8  # Fewer would hold more of a block's features than registers do.
 SMALLEST_DOT, MOST_CHANNELS, MOST_HIDDEN, MOST_SAMPLES = 16, 64, 128, 256
 OLDEST_CAPABILITY = (8, 0)  # Of Triton's tensor core code.
 
@@ -114,7 +113,7 @@ def _add_fine_depths(field, origins, directions, depths, draws):
     grid = (_blocks(m * s, POINTS_PER_PROGRAM), n)
     kernels.ray_density_kernel[grid](
         field.planes, origins, directions, depths, *_contiguous(field.decoder), sigma, m, s, *_plane_arguments(field),
-        **_constants(field), P=POINTS_PER_PROGRAM, num_warps=FORWARD_WARPS,
+        **_constants(field), P=POINTS_PER_PROGRAM, num_warps=_warps(POINTS_PER_PROGRAM),
     )
     draws = draws.flatten(0, 1)
     merged = depths.new_empty([n, m, s + draws.shape[1]])
@@ -142,7 +141,7 @@ class _Query(torch.autograd.Function):
         if n * m:
             kernels.query_kernel[(_blocks(m, POINTS_PER_PROGRAM), n)](
                 planes, points, *field.decoder, sigma, rgb, m, *_plane_arguments(field), **_constants(field),
-                P=POINTS_PER_PROGRAM, WITH_RGB=with_rgb, num_warps=FORWARD_WARPS,
+                P=POINTS_PER_PROGRAM, WITH_RGB=with_rgb, num_warps=_warps(POINTS_PER_PROGRAM),
             )
         return sigma, rgb
 
@@ -160,7 +159,8 @@ class _Query(torch.autograd.Function):
         if n * m:
             kernels.query_backward_kernel[(_blocks(m, POINTS_PER_PROGRAM), n)](
                 planes, points, *decoder, g_sigma.contiguous(), g_rgb.contiguous(), g_planes, *g_decoder, m,
-                *_plane_arguments(field), **_constants(field), P=POINTS_PER_PROGRAM, num_warps=BACKWARD_WARPS,
+                *_plane_arguments(field), **_constants(field), P=POINTS_PER_PROGRAM,
+                num_warps=_warps(POINTS_PER_PROGRAM),
             )
         return _as_planes(g_planes, planes), *g_decoder, *[None] * 4
 
@@ -182,7 +182,7 @@ class _March(torch.autograd.Function):
             kernels.march_kernel[(n * m,)](
                 planes, origins, directions, depths, *field.decoder, features, depth, total, m, s,
                 *_plane_arguments(field), **_constants(field), S=_power_of_two(s), WHITE_BACK=white_back,
-                num_warps=FORWARD_WARPS,
+                num_warps=_warps(s),
             )
         return features, depth, total
 
@@ -200,7 +200,7 @@ class _March(torch.autograd.Function):
                 planes, origins, directions, depths, *decoder, g_features.contiguous(), g_depth.contiguous(),
                 g_total.contiguous(), g_planes, *g_decoder, m, s, n * m, *_plane_arguments(field),
                 **_constants(field), S=_power_of_two(s), WHITE_BACK=ctx.white_back, RAYS=RAYS_PER_PROGRAM,
-                num_warps=BACKWARD_WARPS,
+                num_warps=_warps(s),
             )
         return _as_planes(g_planes, planes), *g_decoder, *[None] * 6
 
@@ -233,6 +233,11 @@ def _constants(field):
     precision = 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
     axes = tuple(axis for pair in field.axes for axis in pair)
     return dict(AXES=axes, C=field.planes.shape[2], H=field.decoder.w1.shape[0], DOT=dot, PRECISION=precision)
+
+
+def _warps(points):
+    """Return how many warps share a block of points: enough that its features stay in registers, no more."""
+    return 8 if _power_of_two(points) >= 128 else 4
 
 
 def _blocks(count, size):

@@ -56,7 +56,7 @@ def sample_planes(planes: torch.Tensor, points: torch.Tensor, box_warp: float, p
 
     Bilinear, zero outside; plane i reads coordinates plane_axes[i] of 2·point/box_warp as (column, row).
     """
-    q = points * (2 / box_warp)
+    planes, q = planes.to(points.dtype), points * (2 / box_warp)
     total = 0
     for i, (column, row) in enumerate(plane_axes):
         grid = torch.stack([q[..., column], q[..., row]], dim=-1)[:, None]
