@@ -262,6 +262,7 @@ OPTIONS = [
                help='auto: CUDA where there is one.'),
     setting('workers', 'Processes that load data, for each GPU.', click.IntRange(0, 256), 'N'),
     switch('nobench', "Leave cuDNN's convolutions untuned."),
+    switch('nographs', 'Launch every kernel by itself instead of whole phases as CUDA graphs.'),
     setting('dist_timeout', 'Seconds after which a silent process counts as lost.', POSITIVE, 'FLOAT'),
     cli.option('dataset_type', type=Choice(['image'], {'video': NEVER_RAN}), default=None, hidden=True,
                expose_value=False),

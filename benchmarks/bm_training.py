@@ -190,6 +190,7 @@ def main():
     parser.add_argument('--rendering', type=int, nargs='+', default=[64], help='sides of the raw picture')
     parser.add_argument('--iterations', type=int, default=40)
     parser.add_argument('--reductions', nargs='+', choices=REDUCTIONS, default=['flat'], help='of gradients')
+    parser.add_argument('--nographs', action='store_true', help='no CUDA graphs')
     parser.add_argument('--precision', nargs='+', choices=COMPUTE_DTYPES, default=['fp32'])
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
     parser.add_argument('--json', type=pathlib.Path)
@@ -202,7 +203,7 @@ def main():
             config = make_config(
                 arguments.preset, '', '', batch=arguments.batch, gpus=ranks.size, gen_pose_cond=True, disc_c_noise=1.0,
                 neural_rendering_resolution_initial=side, resume='weights', device=arguments.device,
-                precision=precision,
+                precision=precision, nographs=arguments.nographs or reduction == 'buckets',
                 topology_path=str(DEMO / 'head_template.obj'),
             )
             key = f'{precision} {side} {reduction}'

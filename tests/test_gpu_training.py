@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on a CUDA device: every part of the objective, going on from a state, and the time of R1."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
+import torch
 import toy_data
 from click.testing import CliRunner
 from parity import ROOT
 
 import train_next3d
 from torch_utils.distributed import Ranks
+from torch_utils.training_stats import Collector
+from training.precision import set_precision
 from training.train_config import make_config
 
 sys.path.append(str(ROOT / 'benchmarks'))
@@ -61,3 +65,64 @@ def test_r1_is_no_slower_than_ten_generator_phases():
     ranks = Ranks(0, 1, 'cuda')
     medians = bm_training.measure(config, ranks, iterations=17)['median_ms']
     assert medians['Dreg'] < 10 * medians['Gmain'], medians
+
+
+@pytest.mark.parametrize('batch, batch_gpu', [(4, 4), (8, 4), (12, 4)])
+def test_graphs_train_as_single_launches_do(batch, batch_gpu):
+    """All phases, blur and swaps fading, gradients of several micro-batches: the same numbers to rounding."""
+    trainers = []
+    for nographs in (True, False):
+        config = make_config(
+            'demo', '', '', batch=batch, batch_gpu=batch_gpu, nographs=nographs, gen_pose_cond=True, blur_fade_kimg=0.2,
+            gpc_reg_fade_kimg=0.05, topology_path=str(ROOT / 'data/demo/head_template.obj'), style_mixing_prob=0.5,
+        )
+        trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
+        for iteration in range(6):
+            trainer.step(bm_training.random_data(trainer, iteration))
+        trainers.append(trainer)
+    plain, captured = trainers
+    assert plain._graphs is None and len(captured._graphs._captured) >= 4
+    assert set(plain.stats.state_dict()) == set(captured.stats.state_dict())
+    for name, expected in plain.stats.state_dict().items():
+        assert captured.stats.state_dict()[name] == pytest.approx(expected, rel=2e-2, abs=1e-3), name
+    for name in ('G', 'D', 'G_ema'):
+        for (key, a), b in zip(getattr(captured.networks, name).named_parameters(),
+                               getattr(plain.networks, name).parameters()):
+            # Adam turns gradients that are zero but for rounding into steps of a whole learning rate.
+            assert (a - b).abs().mean() < 2e-3, (name, key)
+    averages = [trainer.networks.G.backbone.mapping.w_avg for trainer in trainers]
+    assert torch.allclose(*averages, atol=1e-4)
+
+
+def test_a_step_never_waits_for_the_device():
+    config = make_config('demo', '', '', batch=4, topology_path=str(ROOT / 'data/demo/head_template.obj'))
+    for graphs in (False, True):
+        config = dataclasses.replace(config, graphs=graphs)
+        trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
+        data = bm_training.random_data(trainer, 0)
+        for _ in range(2):
+            trainer.iteration = 0  # All phases are due.
+            trainer.step(data)
+        trainer.iteration = 0
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            trainer.step(data)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('precision', ['tf32', 'bf16', 'fp16'])
+def test_precision_changes_the_losses_little(precision):
+    """One iteration from the same weights: losses of all phases beside those of float32."""
+    means = []
+    for name in ('fp32', precision):
+        config = make_config(
+            'demo', '', '', batch=4, precision=name, topology_path=str(ROOT / 'data/demo/head_template.obj')
+        )
+        trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
+        trainer.step(bm_training.random_data(trainer, 0))
+        means.append({key: s.mean for key, s in trainer.stats.collect().items() if key.startswith('Loss/')})
+    set_precision((), 'fp32')
+    for key, expected in means[0].items():
+        assert means[1][key] == pytest.approx(expected, rel=5e-2, abs=2e-2), key

@@ -195,6 +195,7 @@ ACCEPTED = [
     ('density_region', 'published', 'loss.density_region', 'published'), ('precision', 'bf16', 'precision', 'bf16'),
     ('reg_type', 'monotonic-fixed', 'loss.reg_type', 'monotonic-fixed'), ('seed', '5', 'seed', 5),
     ('device', 'cuda', 'device', 'cuda'), ('workers', '0', 'workers', 0), ('nobench', 'True', 'benchmark', False),
+    ('nographs', 'True', 'graphs', False),
     ('dist_timeout', '60', 'timeout_s', 60.0), ('topology_path', 'x.obj', 'topology_path', 'x.obj'),
     # Accepted for the published command lines; nothing depends on them.
     ('cond', 'True', 'label_length', 25), ('load_lms', 'False', 'label_length', 25),

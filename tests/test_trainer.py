@@ -111,7 +111,7 @@ def test_gradients_are_means_over_micro_batches(data, phase, network):
         getattr(lone.networks, network).zero_grad(set_to_none=True)
         with sample_draws(4, phase, samples):
             fake = fakes and lone._generator_input(fakes.label[number], fakes.mesh[number])
-            lone._accumulate(phase, fake, RealInput(reals.image[number], reals.c[number]), interval)
+            lone._accumulate(phase, fake, RealInput(reals.image[number], reals.c[number]), interval, lone.nimg)
         for name, p in getattr(lone.networks, network).named_parameters():
             if p.grad is not None:
                 expected[name] = expected.get(name, 0) + p.grad / 2

@@ -65,16 +65,26 @@ def _draw_fused(keys, offset, per_sample, is_normal):
 _stream: ContextVar[_Stream | None] = ContextVar('stream', default=None)
 
 
-@contextlib.contextmanager
-def sample_draws(seed: int, phase: str, samples: Sequence[int]) -> Iterator[None]:
-    """Make all draws in the block functions of the samples' global numbers, one per entry of the micro-batch."""
+def sample_keys(seed: int, phase: str, samples: Sequence[int]) -> torch.Tensor:
+    """Return the keys [N] int64 of samples by their global numbers, for `keyed_draws`."""
     numbers = torch.as_tensor(samples, dtype=torch.int64)
     start = _mix(torch.tensor(seed, dtype=torch.int64) * GOLDEN + zlib.crc32(phase.encode()))
-    token = _stream.set(_Stream(_mix(start + numbers * GOLDEN)))
+    return _mix(start + numbers * GOLDEN)
+
+
+@contextlib.contextmanager
+def keyed_draws(keys: torch.Tensor) -> Iterator[None]:
+    """Make all draws in the block functions of the samples' keys [N], one per entry of the micro-batch."""
+    token = _stream.set(_Stream(keys))
     try:
         yield
     finally:
         _stream.reset(token)
+
+
+def sample_draws(seed: int, phase: str, samples: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    """Make all draws in the block functions of the samples' global numbers, one per entry of the micro-batch."""
+    return keyed_draws(sample_keys(seed, phase, samples))
 
 
 def uniform(shape: Sequence[int], device: torch.device | str = 'cpu') -> torch.Tensor:

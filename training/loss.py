@@ -65,6 +65,19 @@ class LossConfig:
         )
 
 
+class Schedule(NamedTuple):
+    """What the objective's schedules say at a moment of training; the last two may be tensors on the device.
+
+    resolution: side of raw pictures. blur_radius: of the blur's kernel, 0: none. swap: probability of conditioning on
+    another camera. blur_sigma: in pixels.
+    """
+
+    resolution: int
+    blur_radius: int
+    swap: float | torch.Tensor
+    blur_sigma: float | torch.Tensor
+
+
 class GeneratorInput(NamedTuple):
     """What one fake picture is made of: z [N, z_dim], label c [N, 25 or more], mesh v [N, V + 68, 3]."""
 
@@ -107,7 +120,17 @@ class Next3DLoss:
         self.batch, self.augment, self.report, self.renderer = batch, augment, report, renderer
         self.track_w = generator.backbone.mapping.track if track_w is None else track_w
 
-    def generator_main(self, fake: GeneratorInput, gain: float, nimg: int) -> None:
+    def schedule(self, nimg: float | Schedule) -> Schedule:
+        """Return what the schedules say after so many images; a Schedule is returned as it is."""
+        if isinstance(nimg, Schedule):
+            return nimg
+        c, swap = self.config, 0.0
+        if c.gpc_reg_prob is not None:
+            swap = schedules.swap_probability(nimg, c.gpc_reg_prob, c.gpc_reg_fade_kimg)
+        sigma = schedules.blur_sigma(nimg, c.blur_init_sigma, c.blur_fade_kimg, self.batch)
+        return Schedule(c.rendering_resolution(nimg), int(sigma * 3), swap, sigma)
+
+    def generator_main(self, fake: GeneratorInput, gain: float, nimg: int | Schedule) -> None:
         """Gmain: maximise the logits of generated pictures."""
         images = self._generate(fake, nimg)
         logits = self._score(images, fake.c, nimg)
@@ -116,7 +139,7 @@ class Next3DLoss:
         self.report('Loss/G/loss', loss)
         (loss.mean() * gain).backward()
 
-    def generator_regularisation(self, fake: GeneratorInput, gain: float, nimg: int) -> None:
+    def generator_regularisation(self, fake: GeneratorInput, gain: float, nimg: int | Schedule) -> None:
         """Greg: neighbouring points have similar densities; 'monotonic-fixed' adds that density grows with depth."""
         conditioning = self._swapped_label(fake.c, nimg, per_sample=False)
         ws = self.generator.mapping(fake.z, conditioning)
@@ -130,7 +153,7 @@ class Next3DLoss:
             (term(leaf) * gain).backward()
         planes.planes.backward(leaf.planes.grad)
 
-    def discriminator_main(self, fake: GeneratorInput, real: RealInput, gain: float, nimg: int) -> None:
+    def discriminator_main(self, fake: GeneratorInput, real: RealInput, gain: float, nimg: int | Schedule) -> None:
         """Dmain: minimise the logits of generated, maximise those of real pictures; hands w to `track_w`."""
         with torch.no_grad():
             images = self._generate(fake, nimg, track_w=True)
@@ -144,7 +167,7 @@ class Next3DLoss:
         self.report('Loss/D/loss', loss_fake.detach() + loss_real)
         (loss_real.mean() * gain).backward()
 
-    def discriminator_regularisation(self, real: RealInput, gain: float, nimg: int) -> None:
+    def discriminator_regularisation(self, real: RealInput, gain: float, nimg: int | Schedule) -> None:
         """Dreg: R1, squared gradients of the logits with respect to the pictures that D finally sees.
 
         The rendering takes no part: it is a condition like the label.
@@ -168,7 +191,7 @@ class Next3DLoss:
         if track_w:
             self.track_w(ws[:, 0])
         ws = self._mix_styles(ws, conditioning)
-        resolution = self.config.rendering_resolution(nimg)
+        resolution = self.schedule(nimg).resolution
         out = self.generator.synthesis(
             ws, fake.c, fake.v, noise_mode='random', neural_rendering_resolution=resolution, depth_jitter='random'
         )
@@ -178,9 +201,8 @@ class Next3DLoss:
         """Return the label that the mapping sees: sample n's, or that of sample n - 1."""
         if self.config.gpc_reg_prob is None:
             return torch.zeros_like(c)
-        p = schedules.swap_probability(nimg, self.config.gpc_reg_prob, self.config.gpc_reg_fade_kimg)
         draw = uniform([len(c), 1] if per_sample else [], c.device)
-        return torch.where(draw < p, c.roll(1, dims=0), c)
+        return torch.where(draw < self.schedule(nimg).swap, c.roll(1, dims=0), c)
 
     def _mix_styles(self, ws, conditioning):
         """Replace the w's from a random layer on by those of another latent, in some of the micro-batches."""
@@ -215,17 +237,16 @@ class Next3DLoss:
         return {'render': self.renderer(v, c)}
 
     def _real_images(self, real, nimg):
-        resolution = self.config.rendering_resolution(nimg)
+        resolution = self.schedule(nimg).resolution
         raw = self._blur(resize_antialiased(real.image, resolution), nimg)
         return {'image': real.image, 'image_raw': raw} | self._rendering(real.v, real.c)
 
     def _blur(self, image, nimg):
-        sigma = schedules.blur_sigma(nimg, self.config.blur_init_sigma, self.config.blur_fade_kimg, self.batch)
-        radius = int(sigma * 3)
-        if radius == 0:
+        now = self.schedule(nimg)
+        if now.blur_radius == 0:
             return image
-        offsets = torch.arange(-radius, radius + 1, device=image.device)
-        kernel = (offsets / sigma).square().neg().exp2()
+        offsets = torch.arange(-now.blur_radius, now.blur_radius + 1, device=image.device)
+        kernel = (offsets / now.blur_sigma).square().neg().exp2()
         return filter2d(image, kernel / kernel.sum())
 
     def _smoothness(self, planes):
@@ -243,7 +264,7 @@ class Next3DLoss:
         """How much density falls from a point to the one behind it, away from the frontal camera."""
         points = self._random_points(planes, NUM_MONOTONIC_POINTS)
         step = MONOTONIC_STEP * self.generator.config.sampling.box_warp
-        behind = points - points.new_tensor([0.0, 0.0, step])
+        behind = torch.cat([points[..., :2], points[..., 2:] - step], dim=-1)
         sigma = self.generator.query(planes, torch.cat([points, behind], dim=1), with_rgb=False)['sigma']
         front, back = sigma.split(NUM_MONOTONIC_POINTS, dim=1)
         return relu(front - back).mean() * MONOTONIC_WEIGHT

@@ -35,8 +35,8 @@ class TrainConfig(Serialisable):
     `training.precision.COMPUTE_DTYPES`; seed.
     From and to where: data, rdata, resume (weights to start from), outdir, desc. How long: kimg; a tick each tick_kimg;
     snapshots each snap ticks; a state at least every save_minutes (0: at snapshots alone). Machine: device 'cuda' or
-    'cpu', gpus, workers, benchmark, timeout_s of collectives. patience: iterations in a row with a loss that is not
-    finite before the run stops.
+    'cpu', gpus, workers, benchmark, graphs (CUDA graphs of the phases), timeout_s of collectives. patience: iterations
+    in a row with a loss that is not finite before the run stops.
     """
 
     preset: str
@@ -76,6 +76,7 @@ class TrainConfig(Serialisable):
     gpus: int = 1
     workers: int = 3
     benchmark: bool = True
+    graphs: bool = True
     timeout_s: float = 600.0
 
     def __post_init__(self):
@@ -141,7 +142,7 @@ class TrainConfig(Serialisable):
 # A run may be continued with other values of these.
 NOT_IDENTITY = frozenset({
     'outdir', 'data', 'rdata', 'topology_path', 'desc', 'kimg', 'tick_kimg', 'snap', 'save_minutes', 'metrics',
-    'patience', 'device', 'gpus', 'workers', 'benchmark', 'timeout_s',
+    'patience', 'device', 'gpus', 'workers', 'benchmark', 'graphs', 'timeout_s',
 })
 
 # Camera setups of EG3D's data sets (Chan et al. 2022, supplement 2): rays, volume, and the orbit of the cameras.
@@ -164,7 +165,7 @@ SUPERRESOLUTION = {
 DEFAULTS = dict(
     resolution=None, sr_module=None, gamma=None, batch=32, batch_gpu=None, gpus=1, cbase=32768, cmax=512, d_cbase=None,
     glr=0.0025, dlr=0.002, map_depth=2, mbstd_group=4, freezed=0, aug='noaug', p=0.2, target=0.6, mirror=False,
-    kimg=25000.0, tick=4.0, snap=20, save_minutes=30.0, seed=0, workers=3, nobench=False, metrics=(),
+    kimg=25000.0, tick=4.0, snap=20, save_minutes=30.0, seed=0, workers=3, nobench=False, nographs=False, metrics=(),
     neural_rendering_resolution_initial=64, neural_rendering_resolution_final=None,
     neural_rendering_resolution_fade_kimg=1000.0, blur_fade_kimg=200.0, resume=None, resume_blur=False,
     gen_pose_cond=False, gen_exp_cond=False, c_scale=1.0, gpc_reg_prob=0.5, gpc_reg_fade_kimg=1000.0, disc_c_noise=0.0,
@@ -249,6 +250,7 @@ def make_config(preset: str, outdir: str, data: str, **given) -> TrainConfig:
         ada_target=s['target'],
         tick_kimg=s['tick'],
         benchmark=not s['nobench'],
+        graphs=not s['nographs'],
         timeout_s=s['dist_timeout'],
         metrics=tuple(s['metrics']),
         **{name: s[name] for name in _SAME_NAMES},

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torch_utils.distributed import Ranks
-from torch_utils.randomness import normal, sample_draws
+from torch_utils.randomness import keyed_draws, normal, sample_keys
 from torch_utils.training_stats import Collector
 from training import schedules
 from training.augment import AugmentPipe
@@ -19,6 +19,7 @@ from training.generator import Next3DGenerator
 from training.layers import Conv2dLayer
 from training.loss import GeneratorInput, Next3DLoss, RealInput
 from training.mesh_render import MeshRenderer
+from training.phase_graphs import PhaseGraphs, Recorded
 from training.precision import set_precision
 from training.topology import load_topology
 from training.train_config import TrainConfig
@@ -88,6 +89,10 @@ class Trainer:
             self.augment = AugmentPipe(config.augment_p if config.augment == 'fixed' else 0.0, CHANNELS)
         self._w_means: list[torch.Tensor] = []
         self.loss = self._make_loss()
+        # Augmentation changes its probability as a Python number, the mesh renderer measures on the host.
+        can_capture = ranks.device.type == 'cuda' and self.augment is None and self.loss.renderer is None
+        self._graphs = PhaseGraphs() if config.graphs and can_capture else None
+        self._recorded: Recorded | None = None
         self.iteration = 0
         # Iterations in a row with a loss that is not finite; sum and count of D's signs since ADA's last adjustment.
         self.bad_iterations = torch.zeros([], device=ranks.device)
@@ -199,6 +204,9 @@ class Trainer:
         )
 
     def _report(self, name, values):
+        if self._recorded is not None:
+            self._recorded.reports.append((name, values.detach()))
+            return
         self.stats.report(name, values)
         torch.maximum(self._is_bad, (~values.detach().isfinite()).any(), out=self._is_bad)
         if name == 'Loss/signs/real' and self.config.augment == 'ada':
@@ -222,24 +230,58 @@ class Trainer:
         for parameter in parameters:
             parameter.requires_grad_(True)
         gain = phase.interval / (self.plan.num_rounds * self.plan.num_ranks)
+        run = self._run_eagerly if self._graphs is None else self._run_captured
         for number, numbers in enumerate(samples):
             real = RealInput(*(None if x is None else x[number] for x in reals))
-            with sample_draws(self.config.seed, phase.name, numbers):
-                fake = None if fakes is None else self._generator_input(fakes.label[number], fakes.mesh[number])
-                self._accumulate(phase.name, fake, real, gain)
+            fake = None if fakes is None else Fakes(fakes.label[number], fakes.mesh[number])
+            run(phase.name, sample_keys(self.config.seed, phase.name, numbers), fake, real, gain, parameters, number)
         phase.network.requires_grad_(False)
         self._reduce_gradients(phase.name, parameters)
         phase.optimizer.step()
 
-    def _accumulate(self, name, fake, real, gain):
+    def _run_eagerly(self, name, keys, fake, real, gain, _parameters, _number):
+        self._micro_batch(name, keys, fake, real, gain, self.nimg)
+
+    def _run_captured(self, name, keys, fake, real, gain, parameters, number):
+        now = self.loss.schedule(self.nimg)
+        if number == 1:
+            self._graphs.keep_gradients(parameters)
+        # A phase reads the pictures of others not at all: no copies, and no graph that waits for them.
+        real = None if name in ('Gmain', 'Greg') else real
+        pieces = [*(fake or ()), *(x for x in real or () if x is not None)]
+        scalars = torch.tensor([now.swap, now.blur_sigma]).pin_memory()
+
+        def body(keys, scalars, *pieces):
+            pieces, swap, sigma = list(pieces), *scalars.unbind()
+            fakes = None if fake is None else Fakes(*(pieces.pop(0) for _ in fake))
+            reals = None if real is None else RealInput(*(None if x is None else pieces.pop(0) for x in real))
+            self._recorded = Recorded([], self._w_means)
+            self._micro_batch(name, keys, fakes, reals, gain, now._replace(swap=swap, blur_sigma=sigma))
+            recorded, self._recorded = Recorded(self._recorded.reports, list(self._w_means)), None
+            self._w_means.clear()
+            return recorded
+
+        earlier, self._w_means[:] = list(self._w_means), []
+        key = (name, now.resolution, now.blur_radius)
+        recorded = self._graphs.run(key, body, [keys.pin_memory(), scalars, *pieces], parameters, number == 0)
+        self._w_means[:] = earlier + [w.clone() for w in recorded.w_means]
+        for report in recorded.reports:
+            self._report(*report)
+
+    def _micro_batch(self, name, keys, fake, real, gain, now):
+        with keyed_draws(keys):
+            fake = None if fake is None else self._generator_input(*fake)
+            self._accumulate(name, fake, real, gain, now)
+
+    def _accumulate(self, name, fake, real, gain, now):
         if name == 'Gmain':
-            self.loss.generator_main(fake, gain, self.nimg)
+            self.loss.generator_main(fake, gain, now)
         elif name == 'Greg':
-            self.loss.generator_regularisation(fake, gain, self.nimg)
+            self.loss.generator_regularisation(fake, gain, now)
         elif name == 'Dmain':
-            self.loss.discriminator_main(fake, real, gain, self.nimg)
+            self.loss.discriminator_main(fake, real, gain, now)
         else:
-            self.loss.discriminator_regularisation(real, gain, self.nimg)
+            self.loss.discriminator_regularisation(real, gain, now)
 
     def _generator_input(self, label, mesh):
         z = normal([len(label), self.config.generator.z_dim], label.device)
