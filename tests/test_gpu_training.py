@@ -84,6 +84,8 @@ def test_graphs_train_as_single_launches_do(batch, batch_gpu):
     assert plain._graphs is None and len(captured._graphs._captured) >= 4
     assert set(plain.stats.state_dict()) == set(captured.stats.state_dict())
     for name, expected in plain.stats.state_dict().items():
+        if 'signs' in name:  # Those of logits near zero depend on rounding.
+            continue
         assert captured.stats.state_dict()[name] == pytest.approx(expected, rel=2e-2, abs=1e-3), name
     for name in ('G', 'D', 'G_ema'):
         for (key, a), b in zip(getattr(captured.networks, name).named_parameters(),
@@ -126,3 +128,19 @@ def test_precision_changes_the_losses_little(precision):
     set_precision((), 'fp32')
     for key, expected in means[0].items():
         assert means[1][key] == pytest.approx(expected, rel=5e-2, abs=2e-2), key
+
+
+def test_what_cannot_be_captured_is_launched(caplog):
+    """A loss that reads a number from the device: one warning, and the numbers of a run without graphs."""
+    config = make_config('demo', '', '', batch=8, batch_gpu=4, topology_path=str(ROOT / 'data/demo/head_template.obj'))
+    means = []
+    for graphs in (False, True):
+        config = dataclasses.replace(config, graphs=graphs)
+        trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
+        prepare = trainer.loss._prepare
+        trainer.loss._prepare = lambda images, nimg, p=prepare: (images['image'].sum().item(), p(images, nimg))[1]
+        for iteration in range(2):
+            trainer.step(bm_training.random_data(trainer, iteration))
+        means.append(trainer.stats.collect()['Loss/D/loss'].mean)
+    assert trainer._graphs is None and len(caplog.records) == 1
+    assert 'runs without CUDA graphs' in caplog.records[0].message and means[1] == pytest.approx(means[0], rel=2e-2)

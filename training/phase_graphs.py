@@ -41,12 +41,17 @@ class PhaseGraphs:
 
         key: stands for everything that the body depends on besides its inputs and the parameters' values. is_first:
         gradients start from zero; else they are added to those of the micro-batch before. The tensors of the result
-        live until the next run.
+        live until the next run. Raises RuntimeError, gradients as before, where the body cannot be captured.
         """
+        before = None if is_first else [p.grad for p in parameters]
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(body, inputs, parameters)
-        before = None if is_first else [p.grad for p in parameters]
+            try:
+                captured = self._captured[key] = self._capture(body, inputs, parameters)
+            except RuntimeError:
+                for parameter, gradient in zip(parameters, before or [None] * len(parameters)):
+                    parameter.grad = gradient
+                raise
         for own, new in zip(captured.inputs, inputs, strict=True):
             own.copy_(new, non_blocking=True)
         captured.graph.replay()

@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from training.train_config import TrainConfig
 ADAM_BETAS, ADAM_EPSILON = (0.0, 0.99), 1e-8
 LARGEST_GRADIENT = 1e5  # What infinite entries of gradients become.
 ADA_INTERVAL = 4  # Iterations between two adjustments of the augmentation probability.
+_logger = logging.getLogger(__name__)
 CHANNELS = 6  # Colours that augmentation changes: image and raw image.
 
 
@@ -230,10 +232,10 @@ class Trainer:
         for parameter in parameters:
             parameter.requires_grad_(True)
         gain = phase.interval / (self.plan.num_rounds * self.plan.num_ranks)
-        run = self._run_eagerly if self._graphs is None else self._run_captured
         for number, numbers in enumerate(samples):
             real = RealInput(*(None if x is None else x[number] for x in reals))
             fake = None if fakes is None else Fakes(fakes.label[number], fakes.mesh[number])
+            run = self._run_eagerly if self._graphs is None else self._run_captured
             run(phase.name, sample_keys(self.config.seed, phase.name, numbers), fake, real, gain, parameters, number)
         phase.network.requires_grad_(False)
         self._reduce_gradients(phase.name, parameters)
@@ -263,7 +265,13 @@ class Trainer:
 
         earlier, self._w_means[:] = list(self._w_means), []
         key = (name, now.resolution, now.blur_radius)
-        recorded = self._graphs.run(key, body, [keys.pin_memory(), scalars, *pieces], parameters, number == 0)
+        try:
+            recorded = self._graphs.run(key, body, [keys.pin_memory(), scalars, *pieces], parameters, number == 0)
+        except RuntimeError as error:  # Out of memory too: graphs need more of it.
+            reason = str(error).splitlines()[0]
+            _logger.warning('%s runs without CUDA graphs: %s', name, reason)
+            self._graphs, self._recorded, self._w_means[:] = None, None, earlier
+            return self._run_eagerly(name, keys, fake, real, gain, parameters, number)
         self._w_means[:] = earlier + [w.clone() for w in recorded.w_means]
         for report in recorded.reports:
             self._report(*report)

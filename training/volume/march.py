@@ -23,7 +23,9 @@ def interval_weights(sigma: torch.Tensor, depths: torch.Tensor) -> torch.Tensor:
     density = functional.softplus((sigma[:, :, :-1] + sigma[:, :, 1:]) / 2 - 1)
     alpha = 1 - torch.exp(-density * (depths[:, :, 1:] - depths[:, :, :-1]))
     passed = torch.cat([torch.ones_like(alpha[:, :, :1]), 1 - alpha + 1e-10], dim=2)
-    return alpha * passed.cumprod(dim=2)[:, :, :-1]
+    # Torch's gradient of cumprod looks for zeros, for which the host waits.
+    products = passed.log().cumsum(dim=2).exp() if passed.is_cuda else passed.cumprod(dim=2)
+    return alpha * products[:, :, :-1]
 
 
 def march(features: torch.Tensor, sigma: torch.Tensor, depths: torch.Tensor, white_back: bool = False) -> Marched:
