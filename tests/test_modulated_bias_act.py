@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from torch_utils.ops.bias_act import bias_act
-from torch_utils.ops.modulated_bias_act import modulated_bias_act
+from torch_utils.ops.modulated_bias_act import _plain_sums, fused_sums, modulated_bias_act
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SHAPES = {'x': (2, 3, 4, 5), 'scale': (2, 3), 'noise': (2, 1, 4, 5), 'b': (3,)}
@@ -97,3 +97,16 @@ def test_impl_is_obeyed_or_refused():
     for function in (bias_act, modulated_bias_act):
         with pytest.raises(RuntimeError, match="impl 'cuda' cannot be used: it takes CUDA tensors, got cpu"):
             function(terms['x'], impl='cuda')
+
+
+@pytest.mark.parametrize('shape', [(2, 5, 3, 4), (1, 32, 17, 33), (3, 512, 4, 4), (2, 4, 0, 3)])
+@pytest.mark.parametrize('with_scale, with_noise', [(True, True), (False, True), (True, False), (False, False)])
+def test_sums_of_the_gradient(shape, with_scale, with_noise):
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip('triton')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    g, x = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
+    g, x = (t.contiguous(memory_format=torch.channels_last) for t in (g, x))
+    actual, expected = (f(g, x, with_scale, with_noise) for f in (fused_sums, _plain_sums))
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None) and (a is None or torch.allclose(a, e, rtol=1e-4, atol=1e-4))

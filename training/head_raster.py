@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import grid_sample
 
+from torch_utils.ops import head_planes
 from torch_utils.ops.fill_holes import fill_holes
 from torch_utils.ops.rasterize import interpolate, rasterize
 
@@ -103,6 +104,8 @@ def sample_texture(texture: torch.Tensor, coverage: ViewCoverage) -> torch.Tenso
 
     Pixels without a face read uv (0, 0), the texture's centre, as in the published model.
     """
+    if texture.is_cuda and head_planes.problem(texture) is None:
+        return head_planes.sample_views(texture, coverage.uv)
     n, k, h, w, _ = coverage.uv.shape
     seen = grid_sample(texture, coverage.uv.reshape(n, k * h, w, 2), padding_mode='zeros', align_corners=False)
     return seen.reshape(n, -1, k, h, w).transpose(1, 2)

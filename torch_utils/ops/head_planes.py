@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The neural texture seen by the head's four views, and its blend with the static planes, in two passes on a GPU.
 
-For inference: no gradient. The reference is `training.head_raster` with `Next3DGenerator.blend`.
+Only `sample_views` has a gradient, the rest is for inference. The reference is `training.head_raster` with
+`Next3DGenerator.blend`.
 """
 
 import torch
@@ -20,23 +21,58 @@ def problem(texture: torch.Tensor) -> str | None:
     return triton_problem(texture.device)
 
 
+def sample_views(texture: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+    """Return the texture [N, C, T, T] that views see, [N, K, C, H, W] with channels last in memory.
+
+    uv: [N, K, H, W, 2] float32 in [-1, 1], bilinear and zero outside. Differentiable once in the texture.
+    """
+    return _SampleViews.apply(texture, uv.contiguous())
+
+
 @torch.no_grad()
 def sample_front(texture: torch.Tensor, uv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the texture [N, C, T, T] that the first of four views sees, [N, C, H, W] channels last in this dtype.
+    """Return `sample_views` of the first view alone, [N, C, H, W] channels last in this dtype, without gradient."""
+    uv = uv.contiguous()
+    h, w = uv.shape[2:4]
+    return _sample(texture, uv, h * w, dtype).unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
-    uv: [N, 4, H, W, 2] float32 in [-1, 1], bilinear and zero outside.
-    """
+
+def _sample(texture, uv, num_points, dtype):
+    """Return the texture at the first points of uv [N, .., 2], [N, num_points, C]."""
     from torch_utils.ops import head_planes_kernels as kernels  # Importing Triton takes half a second.
 
-    uv = uv.contiguous()
-    n, _, h, w, _ = uv.shape
-    c = texture.shape[1]
-    check_shape('texture', texture, [n, None, None, None])
-    out = torch.empty([n, h, w, c], dtype=dtype, device=texture.device)
-    kernels.sample_kernel[(_blocks(h * w), n)](
-        texture, uv, out, h * w, *texture.stride(), *texture.shape[2:], C=c, P=PIXELS_PER_PROGRAM
+    n, c = texture.shape[:2]
+    check_shape('uv', uv, [n, *[None] * (uv.ndim - 2), 2])
+    out = torch.empty([n, num_points, c], dtype=dtype, device=texture.device)
+    kernels.sample_kernel[(_blocks(num_points), n)](
+        texture, uv, out, num_points, uv.stride(0), *texture.stride(), *texture.shape[2:], C=c, P=PIXELS_PER_PROGRAM
     )
-    return out.permute(0, 3, 1, 2)
+    return out
+
+
+class _SampleViews(torch.autograd.Function):
+    """Linear in the texture; its gradient adds what pixels got to the texels that they read."""
+
+    @staticmethod
+    def forward(ctx, texture, uv):
+        ctx.save_for_backward(uv)
+        ctx.shape, ctx.dtype = texture.shape, texture.dtype
+        views = uv.shape[1:4]
+        return _sample(texture, uv, views.numel(), texture.dtype).unflatten(1, views).movedim(-1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        from torch_utils.ops import head_planes_kernels as kernels
+
+        (uv,), (n, c, h, w) = ctx.saved_tensors, ctx.shape
+        gradient = gradient.movedim(2, -1).contiguous()
+        out = torch.zeros([n, h, w, c], device=gradient.device)
+        num_points = uv.shape[1:4].numel()
+        kernels.sample_backward_kernel[(_blocks(num_points), n)](
+            gradient, uv, out, num_points, h, w, C=c, P=PIXELS_PER_PROGRAM
+        )
+        return out.permute(0, 3, 1, 2).to(ctx.dtype), None
 
 
 @torch.no_grad()

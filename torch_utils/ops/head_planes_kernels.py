@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from torch_utils.ops.triplane_kernels import _sample_plane
+from torch_utils.ops.triplane_kernels import _corner, _pixel, _sample_plane
 
 
 @triton.jit
@@ -15,17 +15,37 @@ def _view(uv, n, view, index, num_pixels, valid):
 
 
 @triton.jit
-def sample_kernel(texture, uv, out, num_pixels, stride_n, stride_c, stride_h, stride_w, height, width,
+def sample_kernel(texture, uv, out, num_points, stride_uv, stride_n, stride_c, stride_h, stride_w, height, width,
                   C: tl.constexpr, P: tl.constexpr):
-    """Write the texture that view 0 sees: uv [N, 4, H, W, 2] -> out [N, H, W, C]."""
+    """Write the texture at points: uv [N, num_points, 2], stride_uv numbers from one N to the next -> [N, M, C]."""
     n = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * P + tl.arange(0, P)
-    valid = index < num_pixels
+    valid = index < num_points
     channels = tl.arange(0, C)
-    u, v = _view(uv, n, 0, index, num_pixels, valid)
+    u = tl.load(uv + n * stride_uv + index * 2, mask=valid, other=0.0)
+    v = tl.load(uv + n * stride_uv + index * 2 + 1, mask=valid, other=0.0)
     seen = _sample_plane(texture + n * stride_n, u, v, valid, channels, stride_c, stride_h, stride_w, height, width)
-    at = out + (n * num_pixels + index)[:, None] * C + channels[None, :]
+    at = out + (n * num_points + index)[:, None] * C + channels[None, :]
     tl.store(at, seen.to(out.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def sample_backward_kernel(gradient, uv, out, num_points, height, width, C: tl.constexpr, P: tl.constexpr):
+    """Add the gradient [N, num_points, C] of `sample_kernel` to that of the texture, [N, T, T, C] float32."""
+    n = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * P + tl.arange(0, P)
+    valid = index < num_points
+    channels = tl.arange(0, C)
+    column, x_share = _pixel(tl.load(uv + (n * num_points + index) * 2, mask=valid, other=0.0), width)
+    row, y_share = _pixel(tl.load(uv + (n * num_points + index) * 2 + 1, mask=valid, other=0.0), height)
+    at = gradient + (n * num_points + index)[:, None] * C + channels[None, :]
+    values = tl.load(at, mask=valid[:, None], other=0.0).to(tl.float32)
+    out += n * height * width * C
+    for dy in tl.static_range(2):
+        for dx in tl.static_range(2):
+            offset, weight, mask = _corner(column, row, x_share, y_share, dx, dy, width * C, C, height, width, valid)
+            tl.atomic_add(out + offset[:, None] + channels[None, :], values * weight[:, None], mask=mask[:, None],
+                          sem='relaxed')
 
 
 @triton.jit

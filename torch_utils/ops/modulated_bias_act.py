@@ -6,6 +6,9 @@ from torch.autograd.function import once_differentiable
 
 from torch_utils.custom_ops import check_shape, pick_impl, plugin
 from torch_utils.ops.bias_act import BACKENDS, PLUGIN, bias_act, compute_dtype, make_curve, needs_graph
+from torch_utils.ops.triplane import triton_problem
+
+NUMBERS_PER_TILE, TILES_PER_PROGRAM = 4096, 4  # Of the sums in the gradient.
 
 
 def modulated_bias_act(
@@ -83,8 +86,42 @@ class _ModulatedBiasAct(torch.autograd.Function):
         _, needs_scale, needs_noise, needs_b, _ = ctx.needs_input_grad
         needs_gp = needs_scale or needs_noise or needs_b
         gx, gp = plugin(PLUGIN).modulated_backward(g, x, scale, noise, b, *ctx.curve, needs_gp)
-        dtype = compute_dtype(x)
-        g_scale = gp.to(dtype, copy=True).mul_(x).sum([2, 3]) if needs_scale else None
-        g_noise = gp.sum(1, keepdim=True, dtype=dtype).sum_to_size(noise.shape) if needs_noise else None
-        g_b = gp.sum([0, 2, 3], dtype=dtype) if needs_b else None
-        return gx, g_scale, g_noise, g_b, None
+        if not needs_gp:
+            return gx, None, None, None, None
+        is_fused = _is_channels_last(x, gp) and x.dtype != torch.float64 and triton_problem(x.device) is None
+        sums = (fused_sums if is_fused else _plain_sums)(gp, x, needs_scale, needs_noise)
+        g_noise = sums[1].sum_to_size(noise.shape) if needs_noise else None
+        return gx, sums[0], g_noise, sums[2] if needs_b else None, None
+
+
+def _is_channels_last(*tensors):
+    return all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+
+
+def _plain_sums(gradient, x, with_scale, with_noise):
+    """Return the sums of gradient·x over pixels [N, C], and of gradient over channels [N, 1, H, W] and the rest [C].
+
+    The first two are None where they are not asked for.
+    """
+    dtype = compute_dtype(x)
+    along_scale = gradient.to(dtype, copy=True).mul_(x).sum([2, 3]) if with_scale else None
+    along_noise = gradient.sum(1, keepdim=True, dtype=dtype) if with_noise else None
+    return along_scale, along_noise, gradient.sum([0, 2, 3], dtype=dtype)
+
+
+def fused_sums(gradient, x, with_scale, with_noise):
+    """Return `_plain_sums` of channels-last tensors by one kernel that reads them once."""
+    from torch_utils.ops.reduce_kernels import reduce_kernel  # Importing Triton takes half a second.
+
+    n, c, h, w = x.shape
+    along_scale, along_bias = (torch.zeros(shape, device=x.device) for shape in ([n, c], [c]))
+    along_noise = torch.empty([n, 1, h, w], device=x.device)
+    if x.numel():
+        width = 1 << (c - 1).bit_length()
+        pixels = max(NUMBERS_PER_TILE // width, 1)
+        grid = (-(-h * w // (pixels * TILES_PER_PROGRAM)), n)
+        reduce_kernel[grid](
+            gradient, x, along_scale, along_bias, along_noise, h * w, c, WITH_SCALE=with_scale,
+            WITH_NOISE=with_noise, C=width, P=pixels, TILES=TILES_PER_PROGRAM,
+        )
+    return along_scale if with_scale else None, along_noise if with_noise else None, along_bias
