@@ -38,13 +38,13 @@ def density_grid(
     axis = torch.linspace(-side / 2, side / 2, resolution)
     y, z = torch.meshgrid(axis[inside], axis[inside], indexing='ij')
     points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3).to(device)
-    grid = np.full([resolution] * 3, EMPTY, dtype=np.float32)
+    grid = torch.full([resolution] * 3, EMPTY)  # By torch, whose threads share the first touch of a large grid.
     for i in range(resolution):
         if pad <= i < resolution - pad:
             points[..., 0] = axis[i].item()
-            grid[resolution - 1 - i, inside, inside] = query_sigma(points).reshape(y.shape).cpu().numpy()
+            grid[resolution - 1 - i, inside, inside] = query_sigma(points).reshape(y.shape).cpu()
         on_slab()
-    return grid
+    return grid.numpy()
 
 
 def extract_surface(grid: np.ndarray, level: float = SURFACE_LEVEL) -> tuple[np.ndarray, np.ndarray]:

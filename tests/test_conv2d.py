@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from torch_utils.ops import conv2d as module
 from torch_utils.ops.conv2d import conv2d, conv_transpose2d
 
 # stride, padding, groups, height and width, side of the kernel. With stride 2 some rows of the picture are not read.
@@ -14,6 +15,11 @@ CASES = [
 ]
 OURS = {False: conv2d, True: conv_transpose2d}
 TORCHS = {False: functional.conv2d, True: functional.conv_transpose2d}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu_too(monkeypatch):
+    monkeypatch.setattr(module, '_DEVICE_TYPES', ['cpu', 'cuda'])
 
 
 def draw(*shape, seed=0):
@@ -56,6 +62,14 @@ def test_only_what_is_asked_for_is_differentiated():
     assert torch.autograd.grad(conv2d(x, w.detach(), **geometry).sum(), x)[0].shape == x.shape
     with torch.no_grad():
         assert conv2d(x, w, **geometry).grad_fn is None
+
+
+def test_a_cpu_takes_torchs_gradients(monkeypatch):
+    x, w, geometry = inputs(CASES[1], False)
+    assert 'Convolution' in type(conv2d(x, w, **geometry).grad_fn).__name__
+    ours = type(conv2d(x, w, **geometry).grad_fn)
+    monkeypatch.undo()
+    assert not isinstance(conv2d(x, w, **geometry).grad_fn, ours)
 
 
 def test_no_pictures():

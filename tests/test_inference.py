@@ -149,6 +149,14 @@ def test_bad_arguments(tiny):
         avatar.render(meshes(), LABELS)
 
 
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 def psnr(actual, expected):
     return 10 * math.log10(4 / (actual.double() - expected.double()).square().mean().item())
 

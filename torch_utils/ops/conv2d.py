@@ -3,13 +3,17 @@
 
 Torch expresses the second gradient with respect to the weights as a convolution with a kernel of the picture's size,
 which took 106 of 140 ms of R1 on full-size pictures. Here it is the weight gradient that it is: a convolution is linear
-in both arguments, so gradients of any order are convolutions, transposed ones and weight gradients.
+in both arguments, so gradients of any order are convolutions, transposed ones and weight gradients. On a CPU torch's
+own gradients are taken: they are a tenth faster on small networks.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
+
+
+_DEVICE_TYPES = ['cuda']
 
 
 class _Geometry(NamedTuple):
@@ -39,7 +43,8 @@ def conv_transpose2d(x: torch.Tensor, w: torch.Tensor, stride: int = 1, padding:
 
 
 def _convolve(x, w, geometry):
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+    needs_graph = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    if needs_graph and x.device.type in _DEVICE_TYPES:
         return _Convolution.apply(x, w, geometry)
     return _forward(x, w, geometry)
 
