@@ -115,12 +115,13 @@ def test_python_code_in_the_readme_runs(tmp_path):
         [f'--out={tmp_path}/net.pkl', f'--topology_path={ROOT}/data/demo/head_template.obj'],
     )
     assert result.exit_code == 0, result.output
-    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL))
     code = code.replace('demo-out/demo_network.pkl', f'{tmp_path}/net.pkl').replace('data/demo', f'{ROOT}/data/demo')
     names = {}
     exec(code, names)
     assert names['image'].shape == (1, 3, 128, 128)
     assert names['field']['sigma'].shape == (1, 1000, 1)
+    assert names['picture'].shape == (1, 128, 128, 3)
 
 
 def test_documents_link_to_files_that_exist():

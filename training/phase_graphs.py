@@ -22,6 +22,7 @@ class Recorded(NamedTuple):
 
 
 class _Captured(NamedTuple):
+    key: Hashable
     graph: torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]
     gradients: list[torch.Tensor | None]
@@ -29,25 +30,28 @@ class _Captured(NamedTuple):
 
 
 class PhaseGraphs:
-    """Graphs of micro-batches by key, in one pool of memory: they run one after another."""
+    """One graph for each phase's micro-batches, in one pool of memory: they run one after another."""
 
     def __init__(self):
-        self._captured: dict[Hashable, _Captured] = {}
+        self._captured: dict[str, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, key: Hashable, body: Callable[..., Recorded], inputs: Sequence[torch.Tensor],
+    def run(self, phase: str, key: Hashable, body: Callable[..., Recorded], inputs: Sequence[torch.Tensor],
             parameters: Sequence[nn.Parameter], is_first: bool) -> Recorded:
         """Run body(*inputs), which adds to the parameters' gradients by backward(), as a graph.
 
-        key: stands for everything that the body depends on besides its inputs and the parameters' values. is_first:
-        gradients start from zero; else they are added to those of the micro-batch before. The tensors of the result
-        live until the next run. Raises RuntimeError, gradients as before, where the body cannot be captured.
+        key: stands for everything that the body of this phase depends on besides its inputs and the parameters' values;
+        a new one takes the place of the old: schedules do not turn back. is_first: gradients start from zero; else
+        they are added to those of the micro-batch before. The tensors of the result live until the next run. Raises
+        RuntimeError, gradients as before, where the body cannot be captured.
         """
         before = None if is_first else [p.grad for p in parameters]
-        captured = self._captured.get(key)
-        if captured is None:
+        captured = self._captured.get(phase)
+        if captured is None or captured.key != key:
+            captured = None
+            self._captured.pop(phase, None)  # First: its gradients are as large as the network.
             try:
-                captured = self._captured[key] = self._capture(body, inputs, parameters)
+                captured = self._captured[phase] = self._capture(key, body, inputs, parameters)
             except RuntimeError:
                 for parameter, gradient in zip(parameters, before or [None] * len(parameters)):
                     parameter.grad = gradient
@@ -70,7 +74,7 @@ class PhaseGraphs:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
 
-    def _capture(self, body, inputs, parameters):
+    def _capture(self, key, body, inputs, parameters):
         own = [x.to('cuda', copy=True) for x in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -87,7 +91,7 @@ class PhaseGraphs:
             recorded = body(*own)
         gradients = [p.grad for p in parameters]
         _forget_gradients(parameters)
-        return _Captured(graph, own, gradients, recorded)
+        return _Captured(key, graph, own, gradients, recorded)
 
 
 def _forget_gradients(parameters):

@@ -264,9 +264,10 @@ class Trainer:
             return recorded
 
         earlier, self._w_means[:] = list(self._w_means), []
-        key = (name, now.resolution, now.blur_radius)
+        key = (now.resolution, now.blur_radius)
         try:
-            recorded = self._graphs.run(key, body, [keys.pin_memory(), scalars, *pieces], parameters, number == 0)
+            inputs = [keys.pin_memory(), scalars, *pieces]
+            recorded = self._graphs.run(name, key, body, inputs, parameters, number == 0)
         except RuntimeError as error:  # Out of memory too: graphs need more of it.
             reason = str(error).splitlines()[0]
             _logger.warning('%s runs without CUDA graphs: %s', name, reason)
