@@ -227,7 +227,7 @@ def iteration_32(networks, info, arrays, meshes):
     latents = {phase: rnd(f't/z/{phase}', (BATCH, 512), info['seed']) for phase in fakes}
     with contextlib.ExitStack() as stack:
         stack.enter_context(parity.sequence_draws())
-        stack.enter_context(mock.patch.object(trainer_module, 'sample_draws', lambda *_: contextlib.nullcontext()))
+        stack.enter_context(mock.patch.object(trainer_module, 'keyed_draws', lambda *_: contextlib.nullcontext()))
         stack.enter_context(mock.patch.object(trainer_module, 'normal', lambda *_: latents[recorder.phase]))
         trainer.step(IterationData(trainer.iteration, Reals(None, arrays['real_c'], None), fakes))
     return trainer, recorder
