@@ -152,6 +152,8 @@ def load_generator(path: str, device: torch.device) -> EG3DGenerator:
 
     Single precision means single precision: TF32, which torch otherwise lets convolutions use, is turned off.
     """
+    if device.type == 'cuda' and device.index is not None:
+        torch.cuda.set_device(device)  # Where kernels are launched.
     torch.backends.cudnn.allow_tf32 = False
     for key in ('G_ema', 'G'):
         try:

@@ -145,8 +145,16 @@ def test_bad_arguments(tiny):
     with pytest.raises(ValueError, match='^v: expected'):
         avatar.render(meshes()[:1, 1:], LABELS[:1])
     avatar.render(meshes()[:1], LABELS[:1])
-    with pytest.raises(ValueError, match='^inputs: expected shapes'):
+    with pytest.raises(ValueError, match='^v: expected 1 meshes, one of each person, got 3'):
         avatar.render(meshes(), LABELS)
+    with pytest.raises(ValueError, match='^c: expected'):
+        synthesizer.avatar(tiny.mapping(latents(tiny, 1), LABELS[:1])).render(meshes()[:1], LABELS)
+    ws = tiny.mapping(latents(tiny, 3), LABELS)
+    with pytest.raises(ValueError, match='^v: expected 3 meshes like ws, got 2'):
+        synthesizer.synthesis(ws, LABELS, meshes()[:2])
+    with pytest.raises(ValueError, match='^c: expected'):
+        synthesizer.synthesis(ws, LABELS[:2], meshes())
+    synthesizer.synthesis(ws, LABELS, meshes())  # What failed left nothing behind.
 
 
 @pytest.fixture(autouse=True)

@@ -195,6 +195,9 @@ def test_more_refusals(monkeypatch):
     ):
         with pytest.raises(RuntimeError, match=message):
             render_rays(planes, decoder, *rays, config, impl='triton', **more)
+    with pytest.raises(RuntimeError, match='it gives no gradient to points'):
+        points = torch.zeros(2, 3, 3, device=DEVICE, requires_grad=True)
+        query(planes, decoder, points, SamplingConfig(), impl='triton')
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     field = triplane.Field(planes.cpu(), decoder.cpu().dense_weights(), 2.0, NEXT3D_PLANE_AXES)
     assert triplane.problem(field) == 'it takes CUDA tensors, got cpu'

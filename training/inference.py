@@ -34,7 +34,8 @@ class CapturedCall:
     def __init__(self, function: Callable[..., dict], *examples: torch.Tensor):
         self._function, self._inputs, self._graph = function, [x.clone() for x in examples], None
         if examples[0].is_cuda:
-            self._capture()
+            with torch.cuda.device(examples[0].device):
+                self._capture()
 
     def _capture(self):
         stream = torch.cuda.Stream()
@@ -54,9 +55,10 @@ class CapturedCall:
             raise ValueError(f'inputs: expected shapes {expected}, got {shapes}')
         if self._graph is None:
             return self._function(*inputs)
-        for own, new in zip(self._inputs, inputs, strict=True):
-            own.copy_(new, non_blocking=True)
-        self._graph.replay()
+        with torch.cuda.device(self._inputs[0].device):
+            for own, new in zip(self._inputs, inputs, strict=True):
+                own.copy_(_pinned(new), non_blocking=True)
+            self._graph.replay()
         return self._outputs
 
 
@@ -163,7 +165,8 @@ class Synthesizer:
     """A private copy of a generator, prepared for inference.
 
     dtype: in which convolutions run on a GPU, a key of DTYPES. float16 is as fast as bfloat16 and finer, but ends at
-    65504: a network that goes beyond shows pictures that are not finite, then take bfloat16. float32 is exact and slow.
+    65504: a network that goes beyond shows pictures that are not finite, then take bfloat16. float32, slow,
+    follows torch's switches for TF32.
     Not one after another from several threads: graphs share their buffers.
     """
 
@@ -174,7 +177,7 @@ class Synthesizer:
         self.device = next(generator.parameters()).device
         self.dtype = DTYPES[dtype] if self.device.type == 'cuda' else torch.float32
         if self.device.type == 'cuda':
-            set_compute_dtype(self.generator, None if dtype == 'fp32' else self.dtype)
+            set_compute_dtype(self.generator, self.dtype)
         freeze(self.generator)
         self._bank = StyleBank(self.generator)
         self._calls = {}
@@ -188,11 +191,16 @@ class Synthesizer:
         """
         resolution = self._resolution(neural_rendering_resolution)
         key = (len(ws), resolution)
-        if key not in self._calls:
-            def run(ws, c, v):
-                return self._draw(self._identity(self._bank.styles(ws)), v, c, resolution)
-            self._calls[key] = CapturedCall(run, *(x.to(self.device) for x in (ws, c, v)))
-        return self._calls[key](ws, c, v)
+        if len(v) != len(ws):
+            raise ValueError(f'v: expected {len(ws)} meshes like ws, got {len(v)}')
+
+        def run(ws, c, v):
+            return self._draw(self._identity(self._bank.styles(ws)), v, c, resolution)
+
+        call = self._calls.get(key) or CapturedCall(run, *(x.to(self.device) for x in (ws, c, v)))
+        out = call(ws, c, v)
+        self._calls[key] = call  # Now that it has worked once.
+        return out
 
     @torch.no_grad()
     def avatar(self, ws: torch.Tensor, neural_rendering_resolution: int | None = None) -> 'Avatar':
@@ -246,6 +254,8 @@ class Avatar:
         [N, R, R, 3] uint8. On a GPU the first call captures a graph (seconds), and the tensors are overwritten by the
         next call. Raises ValueError where v and c do not fit.
         """
+        if len(v) != self.count:
+            raise ValueError(f'v: expected {self.count} meshes, one of each person, got {len(v)}')
         return self._call('frame', self._frame, v, c)
 
     def frames(self, driving: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[np.ndarray]:
@@ -259,7 +269,7 @@ class Avatar:
         waiting, free = collections.deque(), []
         copies = torch.cuda.Stream(self.device)
         for v, c in driving:
-            picture = self.render(*(_pinned(x) for x in (v, c)))['picture']
+            picture = self.render(v, c)['picture']
             buffer = free.pop() if free else torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
             own = picture.clone()  # The next frame overwrites the graph's, perhaps before it has been copied.
             copies.wait_stream(torch.cuda.current_stream())
@@ -285,7 +295,8 @@ class Avatar:
 
 
 def _pinned(x):
-    return x if x.is_cuda else x.pin_memory()
+    """Return a tensor that nobody changes before it has been copied: what callers pinned may be filled anew at once."""
+    return x if x.is_cuda else (x.clone() if x.is_pinned() else x).pin_memory()
 
 
 def _arrived(waiting, free):

@@ -85,10 +85,13 @@ class PhaseGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         _forget_gradients(parameters)
         torch.cuda.empty_cache()  # The warm-up's memory is not the graph's.
-        graph = torch.cuda.CUDAGraph()
-        # Threads that load data and watch collectives go on: only this one must not wait.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
-            recorded = body(*own)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Threads that load data and watch collectives go on: only this one must not wait.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
+                recorded = body(*own)
+        finally:
+            torch.cuda.set_stream(current)  # A capture that fails would stay on its own.
         gradients = [p.grad for p in parameters]
         _forget_gradients(parameters)
         return _Captured(key, graph, own, gradients, recorded)

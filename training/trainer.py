@@ -264,14 +264,17 @@ class Trainer:
             return recorded
 
         earlier, self._w_means[:] = list(self._w_means), []
-        key = (now.resolution, now.blur_radius)
+        key = () if name == 'Greg' else (now.resolution, now.blur_radius)
         try:
             inputs = [keys.pin_memory(), scalars, *pieces]
             recorded = self._graphs.run(name, key, body, inputs, parameters, number == 0)
         except RuntimeError as error:  # Out of memory too: graphs need more of it.
-            reason = str(error).splitlines()[0]
+            recorded, reason = None, str(error).splitlines()[0]
+        if recorded is None:  # After the block: the error holds what the attempt had allocated.
             _logger.warning('%s runs without CUDA graphs: %s', name, reason)
             self._graphs, self._recorded, self._w_means[:] = None, None, earlier
+            if self.ranks.device.type == 'cuda':
+                torch.cuda.empty_cache()
             return self._run_eagerly(name, keys, fake, real, gain, parameters, number)
         self._w_means[:] = earlier + [w.clone() for w in recorded.w_means]
         for report in recorded.reports:

@@ -53,6 +53,8 @@ def problem(field: Field, num_samples: int = 1) -> str | None:
     for name, size, most in (('channels', channels, MOST_CHANNELS), ('hidden units', hidden, MOST_HIDDEN)):
         if size & (size - 1) or not SMALLEST_DOT <= size <= most:
             return f'{name}: expected a power of two from {SMALLEST_DOT} to {most}, got {size}'
+    if field.planes.dtype == torch.float64:
+        return 'it computes in float32'
     if num_samples > MOST_SAMPLES:
         return f'samples: expected at most {MOST_SAMPLES} a ray, got {num_samples}'
     return triton_problem(device)

@@ -74,7 +74,7 @@ def query(
     Raises RuntimeError if the named one cannot be used.
     """
     field = _field(planes, decoder, config)
-    if _pick(field, planes, config, impl) == 'triton' and not points.requires_grad:
+    if _pick(field, planes, config, impl, points_need_gradient=points.requires_grad) == 'triton':
         sigma, rgb = triplane.query(field, points, with_rgb)
         return {'sigma': sigma, 'rgb': rgb} if with_rgb else {'sigma': sigma}
     return _query_ref(planes, decoder, points, config)
@@ -99,13 +99,15 @@ def _field(planes, decoder, config):
     return triplane.Field(planes, decoder.dense_weights(), 2 / config.box_warp, config.plane_axes)
 
 
-def _pick(field, planes, config, impl, with_normals=False):
+def _pick(field, planes, config, impl, num_samples=1, with_normals=False, points_need_gradient=False):
     def problem(_device):
         if field is None:
             return 'the decoder has no dense_weights'
         if with_normals or config.density_noise > 0:
             return 'it gives no normals and adds no noise'
-        return triplane.problem(field, config.num_depths + config.num_importance)
+        if points_need_gradient:
+            return 'it gives no gradient to points'
+        return triplane.problem(field, num_samples)
 
     # The interpreter, which makes the kernels run on a CPU, is for tests that name them.
     backends = {'triton': problem} if planes.is_cuda or impl is not None else {}
@@ -139,7 +141,8 @@ def render_rays(
     depths = samples.stratified_depths(near, far, config.num_depths, offsets, config.use_disparity)
     draws = draw_importance([n * m, config.num_importance]) if config.num_importance else None
     field = _field(planes, decoder, config)
-    if _pick(field, planes, config, impl, with_normals) == 'triton':
+    num_samples = config.num_depths + config.num_importance
+    if _pick(field, planes, config, impl, num_samples, with_normals) == 'triton':
         return _render_fused(field, origins, directions, depths, draws, config)
     rows = m if config.density_noise > 0 else _chunk_length(n * 2 * config.num_depths, m)
     parts = []
