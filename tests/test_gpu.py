@@ -19,16 +19,8 @@ from training.discriminator import Discriminator
 from training.generator import Next3DGenerator
 from training.topology import load_topology
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures('exact_float32')]
 DEMO = parity.ROOT / 'data' / 'demo'
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope='module')

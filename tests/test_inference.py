@@ -18,6 +18,7 @@ from training.inference import Synthesizer
 from training.pictures import to_uint8
 from training.topology import load_topology
 
+pytestmark = pytest.mark.usefixtures('exact_float32')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DEMO = parity.ROOT / 'data' / 'demo'
 POSES = torch.cat([cameras.look_at_pose(yaw, 1.5) for yaw in (1.2, 1.5, 1.9)])
@@ -155,14 +156,6 @@ def test_bad_arguments(tiny):
     with pytest.raises(ValueError, match='^c: expected'):
         synthesizer.synthesis(ws, LABELS[:2], meshes())
     synthesizer.synthesis(ws, LABELS, meshes())  # What failed left nothing behind.
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def psnr(actual, expected):

@@ -28,6 +28,7 @@ BUILD_DIR_VARIABLE = 'NEXT3D_BUILD_DIR'
 CXX_FLAGS = ('-O3', '-ffp-contract=off', '-fopenmp')
 CUDA_FLAGS = ('-O3', '--fmad=false')
 CUDA_SUFFIX = '_cuda'  # Plugin NAME_cuda is made of NAME_cuda.cpp, checks and bindings, and NAME.cu, the kernels.
+OLDEST_FOR_TRITON = (8, 0)  # Compute capability of its tensor core code.
 COMPILER_LINES = 5  # How many of the compiler's last lines an error quotes.
 
 _logger = logging.getLogger(__name__)
@@ -78,6 +79,24 @@ def cuda_backend(name: str) -> Callable[[torch.device], str | None]:
     def problem(device: torch.device) -> str | None:
         return plugin_problem(name) if device.type == 'cuda' else f'it takes CUDA tensors, got {device.type}'
     return problem
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run on a device; None where they can."""
+    if importlib.util.find_spec('triton') is None:
+        return 'Triton is not installed'
+    if is_interpreted():
+        return None
+    if device.type != 'cuda':
+        return f'it takes CUDA tensors, got {device.type}'
+    if torch.cuda.get_device_capability(device) < OLDEST_FOR_TRITON:
+        return 'it needs compute capability 8.0'
+    return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors: for tests."""
+    return os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def plugin(name: str) -> ModuleType:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 
 import torch
 
-from torch_utils.ops.triplane import triton_problem
+from torch_utils.custom_ops import triton_problem
 
 # 64-bit constants of SplitMix64 as signed numbers: torch's integers wrap around.
 GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

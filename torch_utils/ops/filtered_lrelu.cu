@@ -13,7 +13,7 @@
 
 namespace next3d {
 
-// These four are declared in filtered_lrelu_cuda.cpp too: the build cache hashes sources, not headers.
+// These four are declared in filtered_lrelu_cuda.cpp too, word for word.
 enum class Type { kHalf, kBFloat16, kFloat };
 
 struct Filter {

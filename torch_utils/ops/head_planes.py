@@ -7,8 +7,7 @@ Only `sample_views` has a gradient, the rest is for inference. The reference is 
 
 import torch
 
-from torch_utils.custom_ops import check_shape
-from torch_utils.ops.triplane import triton_problem
+from torch_utils.custom_ops import check_shape, triton_problem
 
 PIXELS_PER_PROGRAM = 64
 

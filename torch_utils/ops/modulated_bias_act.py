@@ -4,9 +4,8 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from torch_utils.custom_ops import check_shape, pick_impl, plugin
+from torch_utils.custom_ops import check_shape, pick_impl, plugin, triton_problem
 from torch_utils.ops.bias_act import BACKENDS, PLUGIN, bias_act, compute_dtype, make_curve, needs_graph
-from torch_utils.ops.triplane import triton_problem
 
 NUMBERS_PER_TILE, TILES_PER_PROGRAM = 4096, 4  # Of the sums in the gradient.
 

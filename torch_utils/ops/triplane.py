@@ -4,16 +4,15 @@
 The reference is `training.volume`, which calls this where `problem` finds nothing in the way.
 """
 
-import importlib.util
-import os
 from typing import NamedTuple
 
 import torch
 
+from torch_utils.custom_ops import triton_problem
+
 POINTS_PER_PROGRAM = 128
 RAYS_PER_PROGRAM = 8  # Of the backward pass: gradients of the decoder are summed in registers over so many.
 SMALLEST_DOT, MOST_CHANNELS, MOST_HIDDEN, MOST_SAMPLES = 16, 64, 128, 256
-OLDEST_CAPABILITY = (8, 0)  # Of Triton's tensor core code.
 
 
 class Decoder(NamedTuple):
@@ -58,24 +57,6 @@ def problem(field: Field, num_samples: int = 1) -> str | None:
     if num_samples > MOST_SAMPLES:
         return f'samples: expected at most {MOST_SAMPLES} a ray, got {num_samples}'
     return triton_problem(device)
-
-
-def triton_problem(device: torch.device) -> str | None:
-    """Return why Triton's kernels cannot run on a device; None where they can."""
-    if importlib.util.find_spec('triton') is None:
-        return 'Triton is not installed'
-    if is_interpreted():
-        return None
-    if device.type != 'cuda':
-        return f'it takes CUDA tensors, got {device.type}'
-    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        return 'it needs compute capability 8.0'
-    return None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors: for tests."""
-    return os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def query(field: Field, points: torch.Tensor, with_rgb: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:

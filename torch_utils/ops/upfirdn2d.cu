@@ -15,7 +15,7 @@
 
 namespace next3d {
 
-// These three are declared in upfirdn2d_cuda.cpp too: the build cache hashes sources, not headers.
+// These three are declared in upfirdn2d_cuda.cpp too, word for word.
 enum class Type { kHalf, kBFloat16, kFloat, kDouble };
 
 struct Axis {
