@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Density grids of a volume and the surfaces in them, in the layout of the published shape files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -38,13 +38,40 @@ def density_grid(
     axis = torch.linspace(-side / 2, side / 2, resolution)
     y, z = torch.meshgrid(axis[inside], axis[inside], indexing='ij')
     points = torch.stack([torch.empty_like(y), y, z], dim=-1).reshape(1, -1, 3).to(device)
+
+    def slab(x):
+        points[..., 0] = x
+        return query_sigma(points).reshape(y.shape)
+
     grid = torch.full([resolution] * 3, EMPTY)  # By torch, whose threads share the first touch of a large grid.
+    slabs = _on_host(slab(x) for x in axis[inside].tolist())
     for i in range(resolution):
         if pad <= i < resolution - pad:
-            points[..., 0] = axis[i].item()
-            grid[resolution - 1 - i, inside, inside] = query_sigma(points).reshape(y.shape).cpu()
+            grid[resolution - 1 - i, inside, inside] = next(slabs)
         on_slab()
     return grid.numpy()
+
+
+def _on_host(slabs: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield tensors of one shape in host memory; from a GPU each while the next is computed, good until the next."""
+    buffers, waiting = [], None
+    for number, slab in enumerate(slabs):
+        if not slab.is_cuda:
+            yield slab.cpu()
+            continue
+        if len(buffers) < 2:
+            buffers.append(torch.empty_like(slab, device='cpu', pin_memory=True))
+        arriving = buffers[number % 2].copy_(slab, non_blocking=True), torch.cuda.current_stream().record_event()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = arriving
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(buffer, event):
+    event.synchronize()
+    return buffer
 
 
 def extract_surface(grid: np.ndarray, level: float = SURFACE_LEVEL) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import gen_samples
 import make_demo_network
-from geometry import cameras, meshes
+from geometry import cameras, meshes, shapes
 from training.checkpoint import save_snapshot
 from training.config import DiscriminatorConfig
 from training.discriminator import Discriminator
@@ -94,3 +94,12 @@ def test_gen_samples_on_cuda(tmp_path, demo_inputs):
         assert sorted(p.name for p in out.iterdir()) == [f'seed0000{ending}' for ending in endings]
         depths.append(np.load(out / 'seed0000_depth.npy'))
     assert np.abs(depths[0] - depths[1]).max() < 1e-3
+
+
+def test_density_grid_on_cuda_equals_cpu():
+    """Slabs arrive in host memory one behind the other, in buffers that are used again."""
+    def query(points):
+        return points.square().sum(dim=-1, keepdim=True).where(points[..., :1] > 0, -points[..., 1:2])
+
+    grids = [shapes.density_grid(query, 64, 1.0, device=device) for device in ('cpu', 'cuda')]
+    np.testing.assert_array_equal(*grids)

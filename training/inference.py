@@ -5,6 +5,7 @@ On a CPU the same classes run the plain forward in float32.
 """
 
 import collections
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -40,13 +41,14 @@ class CapturedCall:
     def _capture(self):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = self._function(*self._inputs)
+        with _repeatable():
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._outputs = self._function(*self._inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> dict:
         """Run on inputs of the examples' shapes, ValueError for others; on a GPU outputs live until the next call."""
@@ -180,6 +182,7 @@ class Synthesizer:
             set_compute_dtype(self.generator, self.dtype)
         freeze(self.generator)
         self._bank = StyleBank(self.generator)
+        self._beside = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
         self._calls = {}
 
     @torch.no_grad()
@@ -206,11 +209,22 @@ class Synthesizer:
     def avatar(self, ws: torch.Tensor, neural_rendering_resolution: int | None = None) -> 'Avatar':
         """Return an avatar of ws [N, num_ws, w_dim]: N people who are drawn together."""
         self.generator._check_ws(ws, None)
-        identity = self._identity(self.generator.fold(self._bank.styles(ws.to(self.device))))
+        with _repeatable():
+            identity = self._identity(self.generator.fold(self._bank.styles(ws.to(self.device))))
         return Avatar(self, identity, self._resolution(neural_rendering_resolution))
 
     def _identity(self, styles):
-        return Identity(styles, self.generator.texture(styles), self.generator.static_planes(styles))
+        """Paint the texture and the static planes; on a GPU at once, as small pictures leave most of it idle."""
+        if self._beside is None:
+            return Identity(styles, self.generator.texture(styles), self.generator.static_planes(styles))
+        own = torch.cuda.current_stream(self.device)
+        self._beside.wait_stream(own)
+        with torch.cuda.stream(self._beside):
+            static = self.generator.static_planes(styles)
+        texture = self.generator.texture(styles)
+        own.wait_stream(self._beside)
+        static.record_stream(own)
+        return Identity(styles, texture, static)
 
     def _resolution(self, resolution):
         return self.generator.neural_rendering_resolution if resolution is None else resolution
@@ -292,6 +306,16 @@ class Avatar:
     def _frame(self, v, c):
         out = self._synthesizer._draw(self._identity, v, c, self._resolution)
         return out | {'picture': to_bytes(out['image'])}
+
+
+@contextlib.contextmanager
+def _repeatable():
+    """Have cuDNN take algorithms that give the same bits every time: float32's fastest transposed convolution does not."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _pinned(x):

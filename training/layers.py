@@ -134,11 +134,11 @@ class SynthesisLayer(nn.Module):
 
     def fold(self, style):
         """Return a style of a frozen layer with all that can be done once; a single picture's goes into the weights."""
-        dtype = self.frozen.weight.dtype
         if len(style.scale) > 1:
-            return style._replace(scale=style.scale.to(dtype))
+            return style
         scale, demodulation = style.scale[0, :, None, None], style.demodulation[0, :, None, None, None]
-        return style._replace(weight=self._arranged((self.frozen.weight * scale * demodulation).to(dtype)))
+        weight = (self.frozen.weight * scale * demodulation).to(self.frozen.weight.dtype)
+        return style._replace(weight=self._arranged(weight))
 
     def _arranged(self, weight):
         """Return weights in the layout in which the convolution takes them."""
@@ -158,7 +158,7 @@ class SynthesisLayer(nn.Module):
         style = w if isinstance(w, Style) else self.style(w, x.dtype)
         weight, demodulation = style.weight, None
         if weight is None:
-            x, demodulation = x * style.scale.to(x.dtype)[:, :, None, None], style.demodulation
+            x, demodulation = modulated_bias_act(x, style.scale), style.demodulation
             weight = self._weights(x.dtype)[0] if self.frozen is None else self.frozen.weight
         x = conv2d_resample(
             x, weight, f=self.resample_filter, up=self.up, padding=1, flip_weight=self.up == 1

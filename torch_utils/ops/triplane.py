@@ -64,6 +64,8 @@ def query(field: Field, points: torch.Tensor, with_rgb: bool = True) -> tuple[to
 
     Both are float32 whatever the planes are. Differentiable once in planes and decoder.
     """
+    if points.shape[1] >= field.planes[0, 0, 0].numel():
+        field = _with_channels_last(field)
     sigma, rgb = _Query.apply(
         field.planes, *field.decoder, points.detach().float().contiguous(), field.scale, field.axes, with_rgb
     )
@@ -79,14 +81,18 @@ def render(field: Field, origins: torch.Tensor, directions: torch.Tensor, depths
     features of points are in memory.
     """
     origins, directions, depths = (x.float().contiguous() for x in (origins, directions, depths))
-    # One copy of the planes, where channels are not together, costs less than its share of every sample's reads.
-    field = field._replace(planes=field.planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3))
+    field = _with_channels_last(field)
     if draws is not None and depths.numel():
         depths = _add_fine_depths(field, origins, directions, depths, draws)
     features, depth, total = _March.apply(
         field.planes, *field.decoder, origins, directions, depths, field.scale, field.axes, white_back
     )
     return Rendered(features, depth[..., None], total[..., None]), depths
+
+
+def _with_channels_last(field):
+    """Copy planes whose channels are not together: for many samples that costs less than its share of their reads."""
+    return field._replace(planes=field.planes.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3))
 
 
 @torch.no_grad()
