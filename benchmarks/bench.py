@@ -70,7 +70,7 @@ class Benchmark:
 
     def finish(self) -> None:
         """Write and compare the results as the options ask."""
-        where = _where(self.args.device)
+        where = where_measured(self.args.device)
         print('; '.join(f'{key} {value}' for key, value in where.items()))
         if self.args.json is not None:
             text = json.dumps({'where': where, 'results': self.results}, indent=1, default=str)
@@ -123,7 +123,8 @@ def _cpu_times(function: Callable[[], object], repeats: int, _flush: bool) -> li
     return times
 
 
-def _where(device: str) -> dict[str, str | None]:
+def where_measured(device: str) -> dict[str, str | None]:
+    """Return what results depend on beside the code's own choices: device, versions, commit."""
     name = torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or platform.machine()
     return {'device': name, 'torch': torch.__version__, 'cuda': torch.version.cuda,
             'python': platform.python_version(), 'commit': _commit(), 'platform': platform.platform()}

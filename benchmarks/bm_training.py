@@ -8,7 +8,6 @@ import argparse
 import itertools
 import json
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -18,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a script from any folder.
 
-from geometry import cameras  # noqa: E402  (needs the path above)
+from bench import where_measured  # noqa: E402  (needs the path above)
+from geometry import cameras  # noqa: E402
 from geometry.meshes import read_landmarks, read_obj, stack_mesh  # noqa: E402
 from torch_utils.distributed import joined  # noqa: E402
 from torch_utils.training_stats import Collector  # noqa: E402
@@ -156,7 +156,7 @@ def spans(marks):
 
 
 def measure(config, ranks, iterations, trainer_class=TimedTrainer):
-    """Return medians in ms by name, seconds per thousand images and, on a GPU, peak memory in GiB."""
+    """Return medians and quartiles in ms by name, seconds per thousand images and, on a GPU, peak memory in GiB."""
     torch.backends.cudnn.benchmark = config.benchmark
     trainer = trainer_class(config, new_networks(config), ranks, Collector())
     data = random_data(trainer, 0)
@@ -174,8 +174,10 @@ def measure(config, ranks, iterations, trainer_class=TimedTrainer):
     end = Moment(ranks.device)
     if is_cuda:
         torch.cuda.synchronize()
-    medians = {name: statistics.median(times) for name, times in spans(trainer.marks).items()}
-    result = {'median_ms': medians, 's_per_kimg': begin.ms_until(end) / iterations / config.batch}
+    times = spans(trainer.marks)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    quartiles = {name: statistics.quantiles(x, n=4, method='inclusive')[::2] for name, x in times.items() if len(x) > 1}
+    result = {'median_ms': medians, 'quartiles_ms': quartiles, 's_per_kimg': begin.ms_until(end) / iterations / config.batch}
     if is_cuda:
         result['peak_GiB'] = torch.cuda.max_memory_allocated() / 2**30
         result['peak_reserved_GiB'] = torch.cuda.max_memory_reserved() / 2**30
@@ -193,9 +195,10 @@ def main():
     parser.add_argument('--nographs', action='store_true', help='no CUDA graphs')
     parser.add_argument('--precision', nargs='+', choices=COMPUTE_DTYPES, default=['fp32'])
     parser.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
-    parser.add_argument('--json', type=pathlib.Path)
+    parser.add_argument('--json', type=pathlib.Path, metavar='PATH', help='write the results to this file')
+    parser.add_argument('--compare', type=pathlib.Path, metavar='PATH', help='a file that --json wrote before')
     arguments = parser.parse_args()
-    results = {}
+    results, before = {}, _read(parser, arguments.compare)
     with joined(arguments.device, 600) as ranks:
         for precision, side, reduction in itertools.product(
             arguments.precision, arguments.rendering, arguments.reductions
@@ -213,11 +216,26 @@ def main():
                 memory = f', {results[key]["peak_GiB"]:.1f} GiB' if 'peak_GiB' in results[key] else ''
                 print(f'{key}: {results[key]["s_per_kimg"]:.1f} s/kimg{memory}; median ms: {times}', flush=True)
     if ranks.is_first:
-        name = torch.cuda.get_device_name() if arguments.device == 'cuda' else platform.machine()
-        where = f'{name} x{ranks.size}, torch {torch.__version__}, Python {platform.python_version()}'
-        print(f'{arguments.preset}, batch {arguments.batch}, {arguments.iterations} iterations; {where}')
-        if arguments.json:
-            arguments.json.write_text(json.dumps({'where': where, **vars(arguments), 'results': results}, default=str))
+        _finish(arguments, {**where_measured(arguments.device), 'gpus': ranks.size}, results, before)
+
+
+def _read(parser, path):
+    """Return seconds per thousand images by name of a file of results; exit with one line where it is none."""
+    try:
+        results = {} if path is None else json.loads(path.read_text())['results']
+        return {name: float(result['s_per_kimg']) for name, result in results.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        parser.error(f'--compare: {path} is not a file that --json wrote: {type(error).__name__}: {error}')
+
+
+def _finish(arguments, where, results, before):
+    """Print where the results come from and how they compare, and write them."""
+    print('; '.join(f'{key} {value}' for key, value in where.items()))
+    for name in results.keys() & before.keys():
+        print(f'old / new time, {name}: {before[name] / results[name]["s_per_kimg"]:.3f}')
+    if arguments.json:
+        options = {key: value for key, value in vars(arguments).items() if key not in ('json', 'compare')}
+        arguments.json.write_text(json.dumps({'where': where, **options, 'results': results}, indent=1) + '\n')
 
 
 if __name__ == '__main__':
