@@ -310,7 +310,7 @@ class Avatar:
 
 @contextlib.contextmanager
 def _repeatable():
-    """Have cuDNN take algorithms that give the same bits every time: float32's fastest transposed convolution does not."""
+    """Have cuDNN take algorithms with the same bits every time: float32's fastest transposed convolution has not."""
     before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     try:
         yield
