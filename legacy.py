@@ -11,7 +11,7 @@ from torch import nn
 
 import dnnlib.util
 from torch_utils import restricted_pickle
-from torch_utils.restricted_pickle import PickledObject, PickledTensor, plain
+from torch_utils.restricted_pickle import PickledObject, PickledTensor, one_line, plain
 from training import checkpoint
 from training.checkpoint import NETWORK_KEYS, SnapshotError
 from training.config import DiscriminatorConfig, EG3DConfig, MappingConfig, Next3DConfig
@@ -60,15 +60,10 @@ def load_network_pkl(
         content = _read(source)
         return _networks(content, (only,) if isinstance(only, str) else only)
     except pickle.UnpicklingError as error:
-        raise NetworkFileError(f'{name}: cannot be loaded: {_one_line(error)}') from error
+        raise NetworkFileError(f'{name}: cannot be loaded: {one_line(error)}') from error
     except SnapshotError as error:
         kind = NetworkAbsentError if isinstance(error, _AbsentError) else NetworkFileError
-        raise kind(f'{name}: {_one_line(error)}') from error
-
-
-def _one_line(error):
-    """Return a message with the line breaks and control characters that a file may put into it escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(error))
+        raise kind(f'{name}: {one_line(error)}') from error
 
 
 def _read(source):

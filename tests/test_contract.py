@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES, MAX_COLUMNS = 60, 120
 LAYERS = {
     'dnnlib': set(),
     'torch_utils': {'dnnlib'},
-    'geometry': {'dnnlib'},
+    'geometry': {'torch_utils', 'dnnlib'},
     'training/volume': {'training/volume', 'torch_utils'},
     'training': {'training', 'training/volume', 'geometry', 'torch_utils', 'dnnlib'},
     'training/loop': {'training', 'training/volume', 'legacy', 'geometry', 'torch_utils', 'dnnlib'},

@@ -103,13 +103,21 @@ class _StorageType:
         raise pickle.UnpicklingError(f'the file tries to change a storage type ({name})')
 
 
-def load(file: BinaryIO) -> Any:
+def load(file: BinaryIO, objects: frozenset[tuple[str, str]] = frozenset(), encoding: str = 'ASCII') -> Any:
     """Return the content of a pickle as inert data; `plain` turns its tensors and arrays into real ones.
 
+    objects: further classes (module, name) that the file may name; their instances come as `PickledObject`, and the
+    forms in which older protocols write objects and bytes are read too. encoding: of the strings of Python 2, among
+    them the bytes of its arrays; those need 'latin1'.
     Containers may hold themselves, or one another many times over: `plain` refuses those. Raises UnsafePickleError
     naming the first global that is not allowed, pickle.UnpicklingError for a file that is truncated or not a pickle.
     """
-    return _load(file, _Unpickler)
+    return _load(file, _Unpickler, objects, encoding)
+
+
+def one_line(error: Exception) -> str:
+    """Return a message with the line breaks and control characters that a file may put into it escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(error))
 
 
 def plain(value: Any) -> Any:
@@ -194,13 +202,19 @@ class _StorageUnpickler(pickle._Unpickler):
 
 
 class _Unpickler(_StorageUnpickler):
-    """Reads the pickle of a network file."""
+    """Reads the pickle of a file; `objects` are classes that it may name besides those of network files."""
+
+    def __init__(self, file, objects=frozenset(), encoding='ASCII'):
+        super().__init__(file, encoding=encoding)
+        self.objects = objects
 
     def find_class(self, module, name):
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
+        if self.objects and (module, name) in _OLD_FORMS:
+            return _OLD_FORMS[module, name]
         is_plain = name in PLAIN_MODULES and module.split('.')[0] in PLAIN_MODULE_PACKAGES
-        if is_plain or (module, name) in TORCH_MODULES:
+        if is_plain or (module, name) in TORCH_MODULES or (module, name) in self.objects:
             return _object_class(name, module)
         return super().find_class(module, name)
 
@@ -411,6 +425,7 @@ class PickledArray:
         """Return the array, read-only."""
         try:
             _, shape, dtype, is_fortran, data = self.state
+            data = data.encode('latin1') if isinstance(data, str) else data  # Python 2's bytes are strings.
             return np.frombuffer(data, dtype=dtype.resolve()).reshape(shape, order='F' if is_fortran else 'C')
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise pickle.UnpicklingError(f'damaged numpy array ({error})') from error
@@ -433,6 +448,20 @@ def _numpy_reconstruct(*_):
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def _object_of_old_protocol(kind, *_):
+    """Stand in for copy_reg._reconstructor, by which protocols 0 and 1 make objects."""
+    if not isinstance(kind, _Sealed) or issubclass(kind, dict):
+        raise pickle.UnpicklingError('damaged object')
+    return kind()
+
+
+def _bytes_of_old_protocol(text, encoding='latin1'):
+    """Stand in for _codecs.encode, by which Python 3 writes bytes for Python 2."""
+    if not isinstance(text, str) or encoding != 'latin1':
+        raise pickle.UnpicklingError('damaged bytes')
+    return text.encode('latin1')
 
 
 class _Dict(dict, metaclass=_Sealed):
@@ -463,3 +492,8 @@ _ALLOWED = {
 for _package in ('numpy.core', 'numpy._core'):
     _ALLOWED[f'{_package}.multiarray', 'scalar'] = _NUMPY_SCALAR
     _ALLOWED[f'{_package}.multiarray', '_reconstruct'] = _NUMPY_RECONSTRUCT
+_OLD_FORMS = {
+    ('copy_reg', '_reconstructor'): _Function(_object_of_old_protocol),
+    ('__builtin__', 'object'): _object_class('object', '__builtin__'),
+    ('_codecs', 'encode'): _Function(_bytes_of_old_protocol),
+}
