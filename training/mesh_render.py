@@ -53,7 +53,8 @@ class MeshRenderer:
         # Rows of a picture grow downwards, where counter-clockwise corners have a negative area: the rasteriser would
         # draw the inside of the head.
         self.faces, self.face_uvcoords = (x[:, [0, 2, 1]].contiguous() for x in (faces, face_uvcoords))
-        self.colour, self.resolution, self.scale, self.shift = colour, resolution, scale, shift
+        self.colour, self.resolution, self.scale = colour, resolution, scale
+        self.shift = torch.tensor(shift, device=faces.device)  # Once: a copy from the host would end a graph's capture.
 
     @torch.no_grad()
     def __call__(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,7 @@ class MeshRenderer:
         check_shape('v', v, [None, None, 3])
         if c.ndim != 2 or len(c) != len(v) or c.shape[1] < LABEL_LENGTH:
             raise ValueError(f'c: expected [{len(v)}, {LABEL_LENGTH} or more], got {list(c.shape)}')
-        screen = project(v * self.scale + v.new_tensor(self.shift), c)
+        screen = project(v * self.scale + self.shift.to(v.dtype), c)
         result = rasterize(screen, self.faces, self.resolution)
         # On the screen b/Z and 1/Z are linear, not b: z' of `project` is -1/Z.
         is_seen = result.face >= 0

@@ -91,8 +91,8 @@ class Trainer:
             self.augment = AugmentPipe(config.augment_p if config.augment == 'fixed' else 0.0, CHANNELS)
         self._w_means: list[torch.Tensor] = []
         self.loss = self._make_loss()
-        # Augmentation changes its probability as a Python number, the mesh renderer measures on the host.
-        can_capture = ranks.device.type == 'cuda' and self.augment is None and self.loss.renderer is None
+        # Augmentation changes its probability as a Python number.
+        can_capture = ranks.device.type == 'cuda' and self.augment is None
         self._graphs = PhaseGraphs() if config.graphs and can_capture else None
         self._recorded: Recorded | None = None
         self.iteration = 0
