@@ -14,6 +14,7 @@ from parity import ROOT
 SCRIPTS = [
     'gen_samples', 'make_demo_network', 'train_next3d',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
+    'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
 ]
 LISTED = subprocess.check_output(['git', 'ls-files', '*.py'], cwd=ROOT, text=True).split()
 TRACKED = [path for path in LISTED if not path.startswith('tests/data/')]
@@ -29,7 +30,7 @@ LAYERS = {
     'training/loop': {'training', 'training/volume', 'legacy', 'geometry', 'torch_utils', 'dnnlib'},
     'legacy': {'training', 'training/volume', 'torch_utils', 'dnnlib'},
     'cli': {'legacy', 'training', 'geometry', 'dnnlib'},
-    'dataset_preprocessing': {'cli', 'training', 'geometry', 'dnnlib'},
+    'dataset_preprocessing': {'cli', 'training', 'geometry', 'torch_utils', 'dnnlib'},
 }
 
 

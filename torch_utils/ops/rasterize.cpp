@@ -12,6 +12,10 @@
 
 namespace {
 
+constexpr int64_t kWideBox = 4;       // Columns from which on a face's sides are worth a look.
+constexpr double kSlack = 1.0 / (1 << 18);  // Rounding of `edge` is 2^-22 of the face's size, or less.
+constexpr double kFar = 1e30;
+
 struct Corner {
     float x, y, z;
 };
@@ -61,6 +65,28 @@ struct Image {
     float* depth;
 };
 
+// The x on one side of an edge, widened by far more than `edge` rounds: what lies beyond cannot be inside of the face.
+struct Side {
+    double x, y, slope, margin;
+    int direction;  // 1: inside is to the right of the edge, -1: to the left, 0: nothing is known.
+
+    Side() = default;
+    Side(const Corner& start, const Corner& end, double width, double height) : x(start.x), y(start.y) {
+        const double rise = double{end.y} - start.y;
+        direction = rise > 0 ? 1 : rise < 0 ? -1 : 0;
+        slope = direction == 0 ? 0 : (double{end.x} - start.x) / rise;
+        margin = kSlack * (width + height * std::abs(slope) + 1);
+    }
+
+    void narrow(double row, double& low, double& high) const {
+        const double at = x + (row - y) * slope;
+        if (direction > 0)
+            low = std::max(low, at - margin);
+        if (direction < 0)
+            high = std::min(high, at + margin);
+    }
+};
+
 // One face against the rows [begin, end) of one image.
 void draw_face(const Mesh& mesh, int64_t face, Axis rows, Axis columns, int64_t begin, int64_t end, float epsilon,
                const Image& image) {
@@ -73,10 +99,27 @@ void draw_face(const Mesh& mesh, int64_t face, Axis rows, Axis columns, int64_t 
         return;
     const float divisor = area + epsilon;
     const int64_t top = std::max(begin, rows.first(low_y, false)), bottom = std::min(end, rows.first(high_y, true));
-    const int64_t left = columns.first(std::min({a.x, b.x, c.x}), false);
-    const int64_t right = columns.first(std::max({a.x, b.x, c.x}), true);
+    const float low_x = std::min({a.x, b.x, c.x}), high_x = std::max({a.x, b.x, c.x});
+    const int64_t left = columns.first(low_x, false), right = columns.first(high_x, true);
+    // Faces that lie aslant fill little of their box: in wide ones, only the columns between the edges are tried.
+    const bool is_wide = right - left > kWideBox;
+    const double width = double{high_x} - low_x, height = double{high_y} - low_y;
+    Side sides[3];
+    if (is_wide) {
+        sides[0] = Side(b, c, width, height);
+        sides[1] = Side(c, a, width, height);
+        sides[2] = Side(a, b, width, height);
+    }
     for (int64_t row = top; row < bottom; ++row) {
-        for (int64_t column = left; column < right; ++column) {
+        int64_t from = left, to = right;
+        if (is_wide) {
+            double low = -kFar, high = kFar;
+            for (const Side& side : sides)
+                side.narrow(rows.centre[row], low, high);
+            from = std::max(left, columns.first(static_cast<float>(low), false));
+            to = std::min(right, columns.first(static_cast<float>(high), true));
+        }
+        for (int64_t column = from; column < to; ++column) {
             const float x = columns.centre[column], y = rows.centre[row];
             const float area_a = edge(x, y, b, c), area_b = edge(x, y, c, a), area_c = edge(x, y, a, b);
             if (!(area_a > 0 && area_b > 0 && area_c > 0))
