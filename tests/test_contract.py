@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from parity import ROOT
 
 SCRIPTS = [
-    'gen_samples', 'make_demo_network', 'train_next3d',
+    'convert_network', 'gen_samples', 'make_demo_network', 'train_next3d',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
     'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
 ]
@@ -120,9 +120,9 @@ def test_python_code_in_the_readme_runs(tmp_path):
     code = code.replace('demo-out/demo_network.pkl', f'{tmp_path}/net.pkl').replace('data/demo', f'{ROOT}/data/demo')
     names = {}
     exec(code, names)
-    assert names['image'].shape == (1, 3, 128, 128)
+    assert names['image'].shape == (1, 3, 256, 256)
     assert names['field']['sigma'].shape == (1, 1000, 1)
-    assert names['picture'].shape == (1, 128, 128, 3)
+    assert names['picture'].shape == (1, 256, 256, 3)
 
 
 def test_documents_link_to_files_that_exist():

@@ -38,7 +38,7 @@ DEMO = parity.ROOT / 'data' / 'demo'
 OBJ, LMS = DEMO / 'demo.obj', DEMO / 'demo_kpt2d.txt'
 FOCAL = 4.2647
 STRIP = ((0.4, -0.2), (0.0, -0.2), (-0.4, -0.2))
-RAW_SIDE, SIDE = 16, 128  # Of the test network's raw and final pictures.
+RAW_SIDE, SIDE = 16, 256  # Of the test network's raw and final pictures.
 SHAPE_RES, BORDER = 24, 2  # BORDER = int(30 * 24 / 256).
 
 

@@ -393,13 +393,13 @@ def test_cameras_of_other_data_sets(data):
         preset_of('demo', 512)
 
 
-@pytest.mark.parametrize('preset', ['demo', 'toy'])
-def test_small_presets_can_be_built(preset):
+@pytest.mark.parametrize('preset, most', [('demo', 7e6), ('toy', 1e6)])  # 7 million in float16 are 16 MB with the mesh.
+def test_small_presets_can_be_built(preset, most):
     config = make_config(preset, 'runs', 'data', topology_path=str(TEMPLATE))
     networks = new_networks(config)
     assert networks.G.z_dim == config.generator.z_dim
     sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
-    assert sizes[0] < 3e6 and sizes[1] < 30e6
+    assert sizes[0] < most and sizes[1] < 30e6
 
 
 @pytest.mark.parametrize('preset', PRESETS)
