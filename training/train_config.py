@@ -164,8 +164,9 @@ SUPERRESOLUTION = {
 # Settings by the names of their options, as published. None: follows from others (see `make_config`).
 DEFAULTS = dict(
     resolution=None, sr_module=None, gamma=None, batch=32, batch_gpu=None, gpus=1, cbase=32768, cmax=512, d_cbase=None,
-    glr=0.0025, dlr=0.002, map_depth=2, mbstd_group=4, freezed=0, aug='noaug', p=0.2, target=0.6, mirror=False,
-    kimg=25000.0, tick=4.0, snap=20, save_minutes=30.0, seed=0, workers=3, nobench=False, nographs=False, metrics=(),
+    d_cmax=None, glr=0.0025, dlr=0.002, map_depth=2, mbstd_group=4, freezed=0, aug='noaug', p=0.2, target=0.6,
+    mirror=False, kimg=25000.0, tick=4.0, snap=20, save_minutes=30.0, seed=0, workers=3, nobench=False,
+    nographs=False, metrics=(),
     neural_rendering_resolution_initial=64, neural_rendering_resolution_final=None,
     neural_rendering_resolution_fade_kimg=1000.0, blur_fade_kimg=200.0, resume=None, resume_blur=False,
     gen_pose_cond=False, gen_exp_cond=False, c_scale=1.0, gpc_reg_prob=0.5, gpc_reg_fade_kimg=1000.0, disc_c_noise=0.0,
@@ -181,7 +182,7 @@ PRESETS = {
     'ffhq128': dict(resolution=128, gamma=0.5),
     # The demo avatar: under 16 MB in float16, half a second a picture on a laptop.
     'demo': dict(
-        resolution=256, gamma=1.0, kimg=2000.0, snap=10, cbase=8192, cmax=96, d_cbase=8192, num_depths=24,
+        resolution=256, gamma=1.0, kimg=2000.0, snap=10, cbase=8192, cmax=96, d_cbase=8192, d_cmax=256, num_depths=24,
         blur_fade_kimg=50.0, gpc_reg_fade_kimg=200.0, sr_num_fp16_res=0, plane_layout='aligned',
         generator=dict(
             z_dim=128, w_dim=128, sr_channels=(64, 32), plane_resolution=128, texture_resolution=128,
@@ -299,7 +300,7 @@ def _discriminator(s):
         c2_dim=extra if is_split else 0,
         img_resolution=s['resolution'],
         channel_base=s['d_cbase'] or s['cbase'],
-        channel_max=s['cmax'] if s['d_cbase'] is None else 512,
+        channel_max=s['d_cmax'] or (s['cmax'] if s['d_cbase'] is None else 512),
         num_fp16_res=s['d_num_fp16_res'],
         mbstd_group_size=s['mbstd_group'],
         disc_c_noise=s['disc_c_noise'],
