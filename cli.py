@@ -16,13 +16,16 @@ import legacy
 from dnnlib.util import DownloadError
 from geometry import meshes
 from training.dataset import DatasetError
+from training.driving import Clip
 from training.generator import EG3DGenerator, Next3DGenerator
 from training.run_dir import RunError
+from training.video import VideoError
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1_000_000  # A slip such as 0-4294967295 must not fill the memory.
+MAX_GRID = 100  # Cells to a side of a video.
 MAX_FLOAT = torch.finfo(torch.float32).max
-USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError)
+USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError, VideoError)
 
 
 class Command(click.Command):
@@ -122,6 +125,21 @@ class SeedList(click.ParamType):
         return seeds
 
 
+class Grid(click.ParamType):
+    """Columns and rows '4x2' -> (4, 2)."""
+
+    name = 'grid'
+
+    def convert(self, value, param, ctx):
+        """Return (columns, rows)."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r'\s*(\d{1,3})\s*[x,]\s*(\d{1,3})\s*', value)
+        if not match or not all(1 <= int(side) <= MAX_GRID for side in match.groups()):
+            self.fail(f"expected columns and rows such as '4x2', each 1 to {MAX_GRID}, got {value!r}.", param, ctx)
+        return int(match[1]), int(match[2])
+
+
 class Device(click.ParamType):
     """A torch device that exists; 'auto' is the first CUDA device where there is one, else the CPU."""
 
@@ -169,6 +187,14 @@ def load_generator(path: str, device: torch.device) -> EG3DGenerator:
     raise legacy.NetworkFileError(f'{path}: expected a generator as G_ema or G, found none')
 
 
+def load_next3d(path: str, device: torch.device) -> Next3DGenerator:
+    """Return `load_generator` of a network that draws a head mesh; others are refused."""
+    generator = load_generator(path, device)
+    if not isinstance(generator, Next3DGenerator):
+        raise click.UsageError(f'--network: {path}: expected a Next3D network, found one without a head mesh.')
+    return generator
+
+
 class HeadFiles(NamedTuple):
     """What the mesh options name, read: each None where its option was not given."""
 
@@ -203,6 +229,22 @@ def fit_head(generator: EG3DGenerator, head: HeadFiles, device: torch.device) ->
 def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | None, device: torch.device):
     """Return `fit_head` of `read_head`: the mesh input of two files."""
     return fit_head(generator, read_head(obj_path, lms_path), device)
+
+
+def fit_clip(generator: Next3DGenerator, clip: Clip, name: str) -> None:
+    """Refuse a driving clip whose meshes are not of the network's topology; name: the option that gave it."""
+    if clip.num_vertices != generator.num_vertices:
+        raise click.UsageError(
+            f'{name}: expected meshes of the {generator.num_vertices} vertices that the network was trained with, '
+            f'found {clip.num_vertices}.'
+        )
+
+
+def frames_folder(video: pathlib.Path, is_wanted: bool, root: str | None = None) -> pathlib.Path | None:
+    """Return the folder for a video's frames as pictures: of its name, beside it or below `root`; None: not wanted."""
+    if root is None:
+        return video.with_suffix('') if is_wanted else None
+    return pathlib.Path(os.path.expanduser(root)) / video.stem
 
 
 def make_outdir(path: str) -> pathlib.Path:

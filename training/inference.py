@@ -15,6 +15,7 @@ import torch
 
 from torch_utils.ops import head_planes
 from torch_utils.ops.modulated_conv2d import DEMODULATION_EPSILON
+from training import head_raster
 from training.backbone import freeze, set_compute_dtype
 from training.generator import Next3DGenerator, Planes, Styles
 from training.layers import Style, SynthesisLayer
@@ -41,7 +42,7 @@ class CapturedCall:
     def _capture(self):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with _repeatable():
+        with repeatable():
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     self._function(*self._inputs)
@@ -209,7 +210,7 @@ class Synthesizer:
     def avatar(self, ws: torch.Tensor, neural_rendering_resolution: int | None = None) -> 'Avatar':
         """Return an avatar of ws [N, num_ws, w_dim]: N people who are drawn together."""
         self.generator._check_ws(ws, None)
-        with _repeatable():
+        with repeatable():
             identity = self._identity(self.generator.fold(self._bank.styles(ws.to(self.device))))
         return Avatar(self, identity, self._resolution(neural_rendering_resolution))
 
@@ -235,14 +236,16 @@ class Synthesizer:
     def _render(self, planes, identity, c, resolution):
         return self.generator.render(planes, identity.styles, c, resolution, 'center')
 
-    def _blend(self, identity, v):
+    def _blend(self, identity, v, coverage=None):
+        """Return the planes of meshes v; coverage: what `cover` returns of them, where it is known already."""
         generator = self.generator
         layout, has_sides = generator.config.plane_layout, generator.config.blend_planes == 'all'
+        coverage = generator.cover(v) if coverage is None else coverage
         if self.device.type != 'cuda' or head_planes.problem(identity.texture) is not None:
-            head = generator.rasterize(identity.texture, v)
+            seen = head_raster.sample_texture(identity.texture, coverage)
+            head = head_raster.assemble_planes(seen, coverage, layout)
             front = generator.complete_mouth(head.features[:, 0], v, identity.styles)
             return Planes(generator.blend(identity.static, front, head).planes.to(self.dtype))
-        coverage = generator.cover(v)
         front = head_planes.sample_front(identity.texture, coverage.uv, self.dtype)
         front = generator.complete_mouth(front, v, identity.styles)
         arguments = (identity.texture, *coverage, front, identity.static, layout, has_sides, self.dtype)
@@ -277,24 +280,7 @@ class Avatar:
 
         On a GPU, copies to and from the host and what the caller does with a picture overlap with the next frames.
         """
-        if self.device.type != 'cuda':
-            yield from (self.render(v, c)['picture'].numpy() for v, c in driving)
-            return
-        waiting, free = collections.deque(), []
-        copies = torch.cuda.Stream(self.device)
-        for v, c in driving:
-            picture = self.render(v, c)['picture']
-            buffer = free.pop() if free else torch.empty(picture.shape, dtype=torch.uint8, pin_memory=True)
-            own = picture.clone()  # The next frame overwrites the graph's, perhaps before it has been copied.
-            copies.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(copies):
-                buffer.copy_(own, non_blocking=True)
-                own.record_stream(copies)
-                waiting.append((buffer, copies.record_event()))
-            if len(waiting) == FRAMES_IN_FLIGHT:
-                yield _arrived(waiting, free)
-        while waiting:
-            yield _arrived(waiting, free)
+        yield from to_host(self.render(v, c)['picture'] for v, c in driving)
 
     @torch.no_grad()
     def _call(self, name, function, *inputs):
@@ -308,8 +294,32 @@ class Avatar:
         return out | {'picture': to_bytes(out['image'])}
 
 
+def to_host(pictures: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    """Yield pictures of one shape from their device as arrays, in order; each may be overwritten by the next one.
+
+    On a GPU, copies and what the caller does with an array overlap with the next pictures.
+    """
+    waiting, free, copies = collections.deque(), [], None
+    for picture in pictures:
+        if not picture.is_cuda:
+            yield picture.numpy()
+            continue
+        copies = copies or torch.cuda.Stream(picture.device)
+        buffer = free.pop() if free else torch.empty(picture.shape, dtype=picture.dtype, pin_memory=True)
+        own = picture.clone()  # The next one overwrites the graph's, perhaps before it has been copied.
+        copies.wait_stream(torch.cuda.current_stream(picture.device))
+        with torch.cuda.stream(copies):
+            buffer.copy_(own, non_blocking=True)
+            own.record_stream(copies)
+            waiting.append((buffer, copies.record_event()))
+        if len(waiting) == FRAMES_IN_FLIGHT:
+            yield _arrived(waiting, free)
+    while waiting:
+        yield _arrived(waiting, free)
+
+
 @contextlib.contextmanager
-def _repeatable():
+def repeatable():
     """Have cuDNN take algorithms with the same bits every time: float32's fastest transposed convolution has not."""
     before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     try:
