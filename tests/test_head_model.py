@@ -328,6 +328,23 @@ def test_every_expression_moves_something_and_none_explodes(head):
         assert 1 < largest < 50, name
 
 
+@pytest.mark.parametrize('side, corner', [('Left', 54), ('Right', 48)])
+def test_a_smile_draws_the_corner_up_out_and_back_and_lifts_the_cheek(head, side, corner):
+    outwards = 1 if side == 'Left' else -1
+    (rest, marks), (vertices, landmarks) = posed(head), posed(head, **{f'mouthSmile{side}': 1})
+    moved = (landmarks - marks)[corner] / MILLIMETRE
+    assert moved[0] * outwards > 9 and moved[1] > 9 and moved[2] < -8
+    x, y, z = rest.T
+    cheek = head.regions['face'] & (x * outwards - 0.043).abs().lt(0.008) & (y + 0.012).abs().lt(0.008) & (z > 0)
+    lifted = (vertices - rest)[cheek].mean(dim=0) / MILLIMETRE
+    assert lifted[1] > 4 and lifted[2] > 1
+    # The lower lip stays below the upper one.
+    both = posed(head, mouthSmileLeft=1, mouthSmileRight=1)[1]
+    assert 0 < both[62, 1] - both[66, 1] < 4 * MILLIMETRE
+    open_mouth = posed(head, mouthSmileLeft=1, mouthSmileRight=1, mouthUpperUpLeft=0.5, mouthUpperUpRight=0.5)[1]
+    assert open_mouth[62, 1] - open_mouth[66, 1] > 3 * MILLIMETRE
+
+
 # ---- Regions and UVs
 
 

@@ -2,6 +2,7 @@
 """The data set of drawn people: what an item depends on, agreement of picture and mesh, variety, interrupted runs."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from parity import ROOT
+from PIL import Image, ImageDraw
+from scipy.ndimage import binary_dilation
 
 from dataset_preprocessing import check_data
-from dataset_preprocessing.synthetic import make_clip, make_dataset, store
-from dataset_preprocessing.synthetic.anatomy import load_anatomy
+from dataset_preprocessing.synthetic import make_clip, make_dataset, store, wear
+from dataset_preprocessing.synthetic.anatomy import CENTRE, load_anatomy, shell_at
 from dataset_preprocessing.synthetic.expressions import random_expression
 from dataset_preprocessing.synthetic.paint import SUPERSAMPLING, picture
 from dataset_preprocessing.synthetic.people import (
@@ -31,7 +34,7 @@ from dataset_preprocessing.synthetic.people import (
 )
 from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, read_landmarks, read_obj
 from training.dataset import HeadDataset, open_source
-from training.mesh_render import MeshRenderer
+from training.mesh_render import MeshRenderer, project
 
 COUNT, SIZE = 6, 64
 SCRIPT = str(ROOT / 'dataset_preprocessing/synthetic/make_dataset.py')
@@ -115,6 +118,11 @@ def test_looks_do_not_tell_the_expression(anatomy):
 
 
 # ---- Files
+
+
+def test_pictures_survive_their_files():
+    image = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(store.png(image)))), image)
 
 
 @pytest.mark.parametrize('is_packed', [False, True])
@@ -229,6 +237,81 @@ def test_expressions_are_weights_and_move_the_face(anatomy):
     assert neutral[66, 1] - shut[66, 1] > 0.01
 
 
+# ---- Teeth
+
+# Shapes that leave lips closed, or move them aside: no tooth shows, or hardly one.
+CLOSED = [
+    {}, {'mouthLeft': 1}, {'mouthRight': 1}, {'jawLeft': 1}, {'jawRight': 1}, {'mouthLeft': 1, 'jawLeft': 1},
+    {'mouthRollLower': 1, 'mouthRollUpper': 1}, {'mouthPucker': 1}, {'cheekPuff': 1},
+]  # fmt: skip
+VIEW_SIZE, AROUND = 256, 3  # Pixels; how far beside the landmarks' polygon the edges of open lips run.
+
+
+def _teeth_seen(anatomy, identity, expression, yaw):
+    """Return masks [R, R]: where teeth are seen; where they lie before skin; the mouth's opening, a little dilated."""
+    label = torch.from_numpy(camera_label(yaw, 0.0, 0.0))[None]
+    vertices, landmarks = (torch.from_numpy(x)[None] for x in anatomy.head(identity, expression))
+    is_tooth = anatomy.teeth[anatomy.faces].all(axis=1)
+    is_inside = is_tooth | anatomy.tongue[anatomy.faces].all(axis=1)
+    seen = []
+    for faces in (anatomy.faces, anatomy.faces[~is_inside]):
+        renderer = MeshRenderer(torch.from_numpy(faces), torch.zeros(len(faces), 3, 3), resolution=VIEW_SIZE)
+        seen.append(renderer.look(vertices, label).face[0].numpy())
+    teeth = (seen[0] >= 0) & is_tooth[seen[0]]
+    skin = (seen[1] >= 0) & anatomy.skin[anatomy.faces[~is_inside]].all(axis=1)[seen[1]]
+    inner = project(landmarks * WORLD_SCALE + torch.tensor(WORLD_SHIFT), label)[0, 60:, :2].numpy()
+    opening = Image.new('1', (VIEW_SIZE, VIEW_SIZE))
+    ImageDraw.Draw(opening).polygon([tuple(point) for point in (inner + 1) * VIEW_SIZE / 2 - 0.5], 1, 1)
+    return teeth, teeth & skin, binary_dilation(np.array(opening), np.ones((3, 3)), AROUND)
+
+
+def test_teeth_are_seen_through_the_mouth_alone(anatomy):
+    outside = []
+    for index in range(40):
+        person = random_person(anatomy, 31, index)
+        for yaw in (0.0, 0.6 if index % 2 else -0.6):
+            teeth, pierced, opening = _teeth_seen(anatomy, person.identity, person.expression, yaw)
+            assert not pierced.any(), (index, yaw)
+            outside.append((teeth & ~opening).sum())
+    assert np.mean(outside) < 12 and max(outside) < 80, sorted(outside)[-5:]
+
+
+@pytest.mark.parametrize('expression', CLOSED, ids=lambda weights: '+'.join(weights) or 'neutral')
+def test_closed_lips_show_no_teeth_at_their_corners(anatomy, expression):
+    seen = []
+    for index in range(12):
+        identity = random_person(anatomy, 32, index).identity if index else np.zeros(100)
+        for yaw in (0.0, 0.5, -0.5):
+            teeth, pierced, _ = _teeth_seen(anatomy, identity, expression, yaw)
+            assert not pierced.any()
+            seen.append(teeth.sum())
+    assert np.median(seen) < 3 and np.mean(seen) < 8, seen
+
+
+# ---- Glasses
+
+
+@pytest.mark.parametrize('kind', ['round', 'rectangular', 'thick', 'sunglasses'])
+def test_glasses_lie_along_the_head_and_keep_clear_of_the_face(anatomy, kind):
+    for index in range(25):
+        person = random_person(anatomy, 33, index)
+        vertices, landmarks = anatomy.head(person.identity, {})
+        face, shell = vertices[anatomy.front_face], anatomy.shell(vertices)
+        ears = vertices[anatomy.ear_rests].astype(float)
+        frames, _ = wear.glasses(kind, landmarks.astype(float), ears, face, shell, np.zeros(3))
+        for temple, ear, side in zip((frames[1], frames[3]), ears, (-1, 1), strict=True):
+            points = temple.vertices[2 * wear.TUBE_SIDES :]
+            distance = np.linalg.norm(points - CENTRE, axis=1) - shell_at(shell, points - CENTRE)
+            assert distance.min() > -0.004 and (points[:, 0] * side).min() > 0.04
+            # Behind the first half they hug the head, and they end behind the ear.
+            assert distance[len(points) // 2 :].max() < 0.010
+            assert points[-1, 2] < ear[2] - 0.010 and points[-1, 1] < ear[1]
+        for rim in (frames[0], frames[2]):
+            near = np.linalg.norm(face[:, None, :2] - rim.vertices[None, :, :2], axis=2) < 0.002
+            before = np.where(near, face[:, None, 2] - rim.vertices[None, :, 2], -1).max()
+            assert before < 0.004, (index, before)
+
+
 # ---- People of different kinds
 
 
@@ -241,6 +324,12 @@ def test_skin_hair_and_backdrops_vary(crowd):
     assert (skin[:, 0] - skin[:, 2]).mean() > 20, 'skin as grey as a mannequin'
     assert len(hair) > 20
     assert len({person.style for person in people}) > 8
+
+
+def test_jaws_are_narrower_than_the_mean_heads_and_differ(anatomy):
+    marks = np.array([anatomy.head(random_person(anatomy, 34, index).identity, {})[1] for index in range(150)])
+    width, mean = marks[:, 12, 0] - marks[:, 4, 0], anatomy.landmarks[12, 0] - anatomy.landmarks[4, 0]
+    assert 0.90 < width.mean() / mean < 0.96 and width.std() > 0.006
 
 
 def test_faces_differ_more_than_a_millimetre(anatomy):

@@ -27,6 +27,7 @@ NECK_TOP, NECK_STEP, NECK_TILT, NECK_Z, NECK_LEVELS, NECK_STEPS = -0.100, 0.010,
 NUM_ROOTS, NUM_BEARD_ROOTS, NUM_GUIDES = 5200, 2600, 420
 MAP_SIZE, MAP_EXTENT = 512, 0.2  # Cells and metres of the map of the brows, which is centred on x = 0, y = 0.
 BROW_REACH = 0.011  # Metres from a brow's axis.
+EAR_SIDES = (-0.082, 0.082)  # Metres from the middle.
 NUM_AO_VIEWS, AO_SIZE, AO_BIAS = 64, 160, 0.0025
 OCCLUSION_RADIUS = 0.3  # Half side of what a view of occlusion or a light sees, metres.
 
@@ -63,7 +64,7 @@ class Anatomy:
         self.expression_names = list(model.expression_names)
         self.neutral, self.landmarks = self.head(np.zeros(model.num_identity), {})
         self.regions = {name: np.asarray(mask, dtype=bool) for name, mask in model.regions.items()}
-        self.feminine = self._feminine()
+        self.feminine, self.narrow = self._leanings()
         self._incidence, self.average = _operators(self.faces, len(self.neutral))
         self._name_areas()
         self.scalp_margin = _scalp_margin(self.neutral) * ~self.ears + -0.05 * self.ears
@@ -91,8 +92,8 @@ class Anatomy:
             mesh = self.model(*rows)
         return tuple((np.round(x[0].numpy().astype(np.float64), 6) + 0.0).astype(np.float32) for x in mesh[:2])
 
-    def _feminine(self):
-        """Return the unit direction [I] in which identities have smaller jaws and noses, fuller lips, larger eyes."""
+    def _leanings(self):
+        """Return unit directions [I] of identities: smaller jaws and noses, fuller lips, larger eyes; narrower jaws."""
         count = self.model.num_identity
         with torch.no_grad():
             moved = self.model(torch.eye(count), torch.zeros(count, len(self.expression_names))).landmarks.numpy()
@@ -105,7 +106,8 @@ class Anatomy:
             -1.0 * grows(12, 4, 0) - 1.0 * grows(10, 6, 0) - 0.5 * grows(27, 8, 1) - 1.2 * grows(35, 31, 0)
             + 1.5 * grows(51, 57, 1) + 2.5 * (grows(38, 40, 1) + grows(43, 47, 1)) + 1.0 * grows(19, 37, 1)
         )  # fmt: skip
-        return (measures / np.linalg.norm(measures)).astype(np.float32)
+        narrow = -grows(13, 3, 0) - grows(12, 4, 0) - grows(11, 5, 0)
+        return tuple((x / np.linalg.norm(x)).astype(np.float32) for x in (measures, narrow))
 
     def normals(self, vertices: np.ndarray) -> np.ndarray:
         """Return outward unit normals [V, 3] of vertices [V, 3]."""
@@ -138,7 +140,13 @@ class Anatomy:
         self.skin = self._region('skin')
         self.eye_sides = [self._region('eye_left'), self._region('eye_right')]
         self.mouth_bag = self._region('mouth_bag')
+        # Less and less light comes to teeth at the sides and to the root of the tongue: mouths end in the dark.
+        deep = np.where(self.teeth, smoothstep(0.014, 0.030, abs(x)), smoothstep(0.050, 0.010, z))
+        self.in_mouth = np.where(self.teeth | self.tongue, 1 - 0.8 * deep, 1).astype(np.float32)
         self.ears = self._region('ears')
+        # Where glasses rest on the ears: left in the picture, right.
+        self.ear_rests = [np.linalg.norm(self.neutral - (side, 0.013, -0.042), axis=1).argmin() for side in EAR_SIDES]
+        self.front_face = np.flatnonzero(self._region('face') & (z > 0) & (y > -0.05) & (y < 0.06))
         soft = self.average @ self._region('lips').astype(np.float32)
         self.lips = np.where(self.skin, np.maximum(soft, 0.8 * self._region('lips')), 0).astype(np.float32)
         cheek = np.hypot((abs(x) - 0.042) / 0.024, (y + 0.018) / 0.020)
@@ -187,7 +195,8 @@ class Anatomy:
         inside = self.teeth | self.tongue | self.mouth_bag
         seen = np.where(inside, 0.25 * closed + 0.75 * opened, closed)
         seen = np.where(self.eyes, 0.35 + 0.65 * seen, np.where(self.teeth, 0.4 + 0.6 * seen, seen))
-        return np.clip(1.25 * (self.average @ seen.astype(np.float32)), 0.03, 1).astype(np.float32)
+        least = np.where(inside, 0.10, 0.03)  # Inside, light comes through the cheeks.
+        return np.clip(1.25 * (self.average @ seen.astype(np.float32)), least, 1).astype(np.float32)
 
     def _sky_seen(self, vertices):
         index = np.arange(NUM_AO_VIEWS) + 0.5
@@ -199,7 +208,7 @@ class Anatomy:
         for direction in directions.astype(np.float32):
             light = DepthMap(vertices, faces, direction, AO_SIZE)
             cosine = np.maximum(normals @ direction, 0)
-            total, seen = total + cosine, seen + cosine * (light.depth_over(vertices) < AO_BIAS)
+            total, seen = total + cosine, seen + cosine * (light.depth_behind(light.place(vertices)) < AO_BIAS)
         return seen / np.maximum(total, 1e-6)
 
 
@@ -222,12 +231,15 @@ class DepthMap:
     def _project(self, points):
         return np.ascontiguousarray((points - CENTRE) @ self.axes.T, dtype=np.float32)
 
-    def depth_over(self, points: np.ndarray, offset=(0.0, 0.0)) -> np.ndarray:
-        """Return how far [n], in metres, points [n, 3] lie behind what the light meets first; offset in cells."""
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """Return points [n, 3] of the mesh as `depth_behind` takes them: columns and rows in cells, depths [3, n]."""
         x, y, z = self._project(points).T
-        column = np.clip((x + 1) * (self.size / 2) + offset[0], 0, self.size - 1).astype(np.int64)
-        row = np.clip((y + 1) * (self.size / 2) + offset[1], 0, self.size - 1).astype(np.int64)
-        return (z - self.depth[row, column]) * OCCLUSION_RADIUS
+        return np.stack([(x + 1) * np.float32(self.size / 2), (y + 1) * np.float32(self.size / 2), z])
+
+    def depth_behind(self, placed: np.ndarray, offset=(0.0, 0.0)) -> np.ndarray:
+        """Return how far [n], in metres, points lie behind what the light meets first, looked up `offset` cells off."""
+        column, row = (np.clip(placed[k] + np.float32(offset[k]), 0, self.size - 1).astype(np.int32) for k in (0, 1))
+        return (placed[2] - self.depth.ravel().take(row * self.size + column)) * np.float32(OCCLUSION_RADIUS)
 
 
 class _Shell:

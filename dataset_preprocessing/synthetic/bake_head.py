@@ -81,10 +81,23 @@ JAWLINE = ((-0.08, -0.06), (-0.03, -0.062), (0.0, -0.09), (0.03, -0.112))
 # Outwards and upwards turn of an eyeball at weight 1.
 GAZE_DEG = {'eyeLookIn': (-25, 0), 'eyeLookOut': (25, 0), 'eyeLookUp': (0, 18), 'eyeLookDown': (0, -22)}
 # Targets that crease the cheek more than a face does; the lips and lids keep their shape.
-SMOOTHED = ('cheekPuff', 'mouthSmileLeft', 'mouthSmileRight', 'mouthStretchLeft', 'mouthStretchRight')
-SMOOTH_FROM, SMOOTH_TURNS = 0.008, 12  # Metres from the landmarks of eyes and mouth.
+SMOOTHED = ('cheekPuff', 'mouthSmileLeft', 'mouthSmileRight', 'mouthStretchLeft', 'mouthStretchRight', 'mouthLeft',
+            'mouthRight')  # fmt: skip
+SMOOTH_FROM, SMOOTH_TURNS = 0.006, 14  # Metres from the landmarks of eyes and mouth.
 # The package's lids close at 0.7 of their target and then slide over one another; wide eyes close at this share.
 BLINK_SHARE = 0.88
+# A smile draws the corners out as well as up: the pack's lifts the lower lip with them until the lips cross. Shares of
+# the side's other targets, then soft fields: centre and spread on the left half, and offset, in metres.
+SMILE_MIXTURE = {'mouthUpperUp': 0.20, 'mouthLowerDown': 0.55}
+SMILE_FIELDS = (
+    ((0.0265, -0.0490, 0.0600), 0.020, (0.0035, 0.0005, -0.0025)),  # The corner of the mouth.
+    ((0.0430, -0.0170, 0.0520), 0.017, (0.0022, 0.0022, 0.0048)),  # The cheek that is pushed up.
+)
+# The package's rows of teeth are wider than the lips: they are drawn in and, towards the sides, apart, so that no
+# corner of a mouth, wherever it goes, shows or meets them.
+TEETH_WIDTH = 0.80
+TEETH_PART = 9.0  # Up or down: metres over the square of metres from the middle.
+TEETH_FOLLOW = {'mouthLeft': 0.0045, 'mouthRight': -0.0045}  # Metres sideways.
 MASK_FADE = 0.02  # Metres around the face over which the mask falls to 0.
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -144,7 +157,7 @@ def bake(data: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     cut = cut_head(base, placement.points(mean))
     masks = {name: makehuman.vertex_mask(data, base, name) for name in ('lips', 'ears')}
     people = np.stack([placement.points(one)[cut.kept] for one in people]).astype(np.float32)
-    people = level_gaze(people, cut, placement)
+    people = draw_in_teeth(level_gaze(people, cut, placement), cut)
     corners, weights = find_landmarks(cut, placement.points(mean)[cut.kept], masks['ears'][cut.kept])
     people = align(people, (people[:, corners] * weights[..., None]).sum(2))
     mean, identity, deviation, left_over = principal_components(people, cut.partner, NUM_COMPONENTS)
@@ -321,6 +334,18 @@ def level_gaze(people: np.ndarray, cut: Cut, placement: Placement) -> np.ndarray
     return people
 
 
+def draw_in_teeth(people: np.ndarray, cut: Cut) -> np.ndarray:
+    """Return people [N, V, 3] with rows of teeth that keep clear of lips and cheeks, and a tongue that fits in."""
+    people = people.copy()
+    for name, apart in (('teeth_upper', 1), ('teeth_lower', -1), ('tongue', None)):
+        rows = np.unique(cut.faces[cut.part == name])
+        x = people[:, rows, 0] * TEETH_WIDTH
+        people[:, rows, 0] = x
+        if apart:
+            people[:, rows, 1] += apart * TEETH_PART * x**2
+    return people
+
+
 def cut_head(base: makehuman.BaseMesh, placed: np.ndarray) -> Cut:
     """Return the head above NECK_CUT, in triangles whose diagonals mirror each other."""
     chosen = np.isin(base.groups, PARTS) & (placed[base.quads][..., 1].min(axis=1) > NECK_CUT)
@@ -418,11 +443,31 @@ def read_expressions(
             arm = mean[rows] - mean[rows].mean(axis=0)
             offsets[ARKIT_NAMES.index(name + side), rows] = turn.apply(arm) - arm
     offsets = _symmetric(offsets, cut.partner)
+    _widen_smiles(offsets, mean, cut)
+    teeth = np.unique(cut.faces[np.isin(cut.part, ('teeth_upper', 'teeth_lower'))])
+    for name, aside in TEETH_FOLLOW.items():
+        offsets[ARKIT_NAMES.index(name), teeth, 0] += aside
     is_held = np.linalg.norm(mean[:, None] - landmarks[None, list(range(36, 68))], axis=-1).min(axis=1) < SMOOTH_FROM
     for name in SMOOTHED:
         row = ARKIT_NAMES.index(name)
         offsets[row] = _smooth(offsets[row], cut.faces[cut.part == 'skin'], is_held)
     return offsets
+
+
+def _widen_smiles(offsets, mean, cut):
+    """Make smiles of offsets [52, V, 3], in place, such as lift corners and cheeks and leave the lower lip below."""
+    mixed = {'Left': 0, 'Right': 0}
+    for side in mixed:
+        for name, share in SMILE_MIXTURE.items():
+            mixed[side] = mixed[side] + share * offsets[ARKIT_NAMES.index(name + side)]
+    moves = np.zeros(len(mean), dtype=bool)
+    moves[cut.faces[np.isin(cut.part, ('skin', 'mouth_bag'))]] = True
+    field = np.zeros_like(mean)
+    for centre, spread, offset in SMILE_FIELDS:
+        distance = ((mean - centre) ** 2).sum(axis=1)
+        field += (moves * np.exp(-distance / (2 * spread**2)))[:, None] * np.array(offset)
+    offsets[ARKIT_NAMES.index('mouthSmileLeft')] += mixed['Left'] + field
+    offsets[ARKIT_NAMES.index('mouthSmileRight')] += mixed['Right'] + field[cut.partner] * [-1, 1, 1]
 
 
 def _smooth(offsets, faces, is_held):

@@ -52,39 +52,39 @@ class Style:
 
 
 STYLES = {
-    'crop': Style(count=2200, steps=4, lengths=(0.028, 0.012, 0.010), width=0.0031, lift=0.45, comb='front',
+    'crop': Style(count=1850, steps=4, lengths=(0.028, 0.012, 0.010), width=0.0034, lift=0.45, comb='front',
                   body=0.013),
-    'side part': Style(count=1800, steps=9, lengths=(0.085, 0.022, 0.014), lift=0.32, comb='side', body=0.020,
-                       gravity=0.30),
-    'quiff': Style(count=2000, steps=8, lengths=(0.075, 0.014, 0.011), lift=0.55, comb='back', gravity=0.20, body=0.030,
-                   stiffness=0.80),
-    'slicked back': Style(count=1700, steps=10, lengths=(0.12, 0.045, 0.025), lift=0.10, comb='back', body=0.010,
-                          gravity=0.42,
-                          clump=0.5, messy=0.06),
-    'fringe': Style(count=1800, steps=9, lengths=(0.080, 0.045, 0.03), lift=0.25, comb='front', gravity=0.35,
-                    body=0.018),
-    'bob': Style(frames=True, count=1000, steps=20, lengths=(0.215, 0.135, 0.085), comb='side', lift=0.18, gravity=0.55,
+    'side part': Style(count=1500, steps=8, lengths=(0.085, 0.022, 0.014), width=0.0037, lift=0.32, comb='side',
+                       body=0.020, gravity=0.30),
+    'quiff': Style(count=1700, steps=7, lengths=(0.075, 0.014, 0.011), width=0.0037, lift=0.55, comb='back',
+                   gravity=0.20, body=0.030, stiffness=0.80),
+    'slicked back': Style(count=1450, steps=8, lengths=(0.12, 0.045, 0.025), width=0.0037, lift=0.10, comb='back',
+                          body=0.010, gravity=0.42, clump=0.5, messy=0.06),
+    'fringe': Style(count=1500, steps=8, lengths=(0.080, 0.045, 0.03), width=0.0037, lift=0.25, comb='front',
+                    gravity=0.35, body=0.018),
+    'bob': Style(frames=True, count=950, steps=16, lengths=(0.215, 0.135, 0.085), comb='side', lift=0.18, gravity=0.55,
                  body=0.024, width=0.0056, messy=0.08, clump=0.35),
-    'long straight': Style(frames=True, count=850, steps=22, lengths=(0.31, 0.26, 0.22), comb='middle', lift=0.15,
+    'long straight': Style(frames=True, count=820, steps=17, lengths=(0.31, 0.26, 0.22), comb='middle', lift=0.15,
                            gravity=0.6, body=0.020, width=0.0062, messy=0.06, clump=0.4),
-    'long wavy': Style(frames=True, count=850, steps=24, lengths=(0.31, 0.26, 0.22), comb='side', lift=0.22,
+    'long wavy': Style(frames=True, count=820, steps=21, lengths=(0.31, 0.26, 0.22), comb='side', lift=0.22,
                        gravity=0.5, body=0.032, width=0.0062, wave=0.009, waves=3.2, clump=0.45, messy=0.10),
-    'long curly': Style(frames=True, count=1150, steps=26, lengths=(0.25, 0.20, 0.16), comb='crown', lift=0.45,
-                        gravity=0.38, body=0.050, width=0.0048, wave=0.010, waves=6, clump=0.25, messy=0.3),
-    'afro': Style(count=2500, steps=7, lengths=(0.046, 0.042, 0.032), comb='up', lift=1.0, gravity=0.0, body=0.055,
-                  width=0.0040, wave=0.010, waves=3.0, clump=0.0, messy=0.8, stiffness=0.6),
-    'short curls': Style(count=2100, steps=8, lengths=(0.044, 0.022, 0.016), comb='crown', lift=0.7, gravity=0.12,
-                         body=0.030, width=0.0034, wave=0.007, waves=2.5, clump=0.15, messy=0.5),
+    'long curly': Style(frames=True, count=1000, steps=24, lengths=(0.25, 0.20, 0.16), comb='crown', lift=0.45,
+                        gravity=0.38, body=0.050, width=0.0051, wave=0.010, waves=6, clump=0.25, messy=0.3),
+    'afro': Style(count=2150, steps=7, lengths=(0.046, 0.042, 0.032), comb='up', lift=1.0, gravity=0.0, body=0.055,
+                  width=0.0043, wave=0.010, waves=3.0, clump=0.0, messy=0.8, stiffness=0.6),
+    'short curls': Style(count=1800, steps=8, lengths=(0.044, 0.022, 0.016), comb='crown', lift=0.7, gravity=0.12,
+                         body=0.030, width=0.0037, wave=0.007, waves=2.5, clump=0.15, messy=0.5),
     'bun': Style(count=1150, steps=14, comb='tie', lift=0.05, gravity=0.0, body=0.007, messy=0.03, clump=0,
                  width=0.0042),
     'ponytail': Style(count=1150, steps=14, comb='tie', lift=0.05, gravity=0.0, body=0.007, messy=0.03, clump=0,
                       width=0.0042),
-    'receding': Style(count=1600, steps=6, lengths=(0.024, 0.018, 0.012), lift=0.3, comb='back', body=0.010),
+    'receding': Style(count=1350, steps=5, lengths=(0.024, 0.018, 0.012), width=0.0037, lift=0.3, comb='back',
+                      body=0.010),
 }  # fmt: skip
 BEARDS = {
-    'short': Style(count=2000, steps=3, lengths=(0.007, 0.006, 0.005), width=0.0014, lift=0.35, gravity=0.35,
+    'short': Style(count=1800, steps=3, lengths=(0.007, 0.006, 0.005), width=0.0015, lift=0.35, gravity=0.35,
                    comb='down', clump=0.1, messy=0.25),
-    'full': Style(count=2000, steps=4, lengths=(0.018, 0.010, 0.016), width=0.0016, lift=0.35, gravity=0.45,
+    'full': Style(count=1800, steps=4, lengths=(0.018, 0.010, 0.016), width=0.0017, lift=0.35, gravity=0.45,
                   comb='down', clump=0.3, messy=0.3),
 }  # fmt: skip
 # Angle from the front that hair which frames the face keeps clear, over height.
@@ -286,12 +286,12 @@ def _waved(points, style, normal, length, guide, rng):
     """Turn strands about their way; neighbours nearly together."""
     if not style.wave:
         return points
-    across = unit(np.cross(normal, [0.3, 1.0, 0.2]))
-    t = np.linspace(0, 1, points.shape[1])
+    across = unit(np.cross(normal, np.array([0.3, 1.0, 0.2], np.float32)))
+    t = np.linspace(0, 1, points.shape[1], dtype=np.float32)
     phase = rng.uniform(0, 2 * np.pi, NUM_GUIDES)[guide][:, None] + rng.normal(0, 0.5, (len(points), 1))
     turns = style.waves * (length / length.max())[:, None] * rng.uniform(0.85, 1.15, (len(points), 1))
-    angle = 2 * np.pi * turns * t + phase
-    size = style.wave * np.minimum(1, t * 3)[None, :, None]
+    angle = (2 * np.pi * turns).astype(np.float32) * t + phase.astype(np.float32)
+    size = np.float32(style.wave) * np.minimum(1, t * 3)[None, :, None]
     turn = size * (np.sin(angle)[..., None] * across[:, None] + np.cos(angle)[..., None] * normal[:, None] * 0.7)
     return (points + turn).astype(np.float32)
 

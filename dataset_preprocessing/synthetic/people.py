@@ -14,6 +14,7 @@ from geometry.cameras import intrinsics, make_label
 # Each part of a picture has random numbers of its own: an expression tells nothing about who makes it.
 LOOKS, EXPRESSION, CAMERA, SCENE = range(4)
 FEMININE, MASCULINE = (1.2, 3.0), (-1.2, 0.8)  # Standard deviations along `Anatomy.feminine`.
+NARROW, NARROW_SPREAD = 1.2, 0.9  # Likewise along `Anatomy.narrow`: the mean jaw is broad, and jaws are much alike.
 IDENTITY_SPREAD, IDENTITY_LIMIT = 0.85, 2.2  # Of standard deviations; far ones are caricatures.
 # Light reflected by skin, linear RGB: from the fairest to the darkest of ten tones.
 SKIN_TONES = np.array([
@@ -157,7 +158,7 @@ def random_looks(rng: np.random.Generator, anatomy: Anatomy) -> dict:
     hat = pick(rng, HATS)
     if hat != 'none' and style in ('afro', 'bun', 'quiff'):
         hat = 'none'
-    return {
+    looks = {
         'identity': _identity(rng, anatomy, feminine),
         'tone': tone,
         'skin': np.clip(skin, 0.02, 0.92),
@@ -186,6 +187,8 @@ def random_looks(rng: np.random.Generator, anatomy: Anatomy) -> dict:
         'cloth': _cloth_colour(rng),
         'accent': _cloth_colour(rng),
     }
+    looks['identity'] += anatomy.narrow * np.clip(rng.normal(NARROW, NARROW_SPREAD), -0.5, 3.0)
+    return looks
 
 
 def _identity(rng, anatomy, feminine):

@@ -4,20 +4,20 @@
 import errno
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
 import pathlib
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dataset_preprocessing.synthetic.anatomy import Anatomy
@@ -37,7 +37,7 @@ from training.files import DatasetError
 from training.topology import MASK_NAME
 
 OPTIONS_FILE, COEFFICIENTS_FILE, TEMPLATE_FILE = 'synthetic.json', 'coefficients.npz', 'head_template.obj'
-VERSION = 1  # Of the drawing: raise it whenever a picture changes, so that no data set is half old, half new.
+VERSION = 2  # Of the drawing: raise it whenever a picture changes, so that no data set is half old, half new.
 TEMPORARY = '.unfinished'
 PER_FOLDER = 1000  # Pictures of a folder, as in FFHQ.
 PNG_LEVEL = 1  # Larger files by a tenth, written three times as fast.
@@ -101,9 +101,16 @@ def put(path: pathlib.Path, data: bytes) -> None:
 
 def png(image: np.ndarray) -> bytes:
     """Return a picture [R, R, 3] uint8 as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format='PNG', compress_level=PNG_LEVEL)
-    return buffer.getvalue()
+    height, width, _ = image.shape
+    # Each row as its difference from the one above, filter 2: as small as trying all filters, in half the time.
+    rows = np.full((height, 1 + 3 * width), 2, dtype=np.uint8)
+    rows[:, 1:] = image.reshape(height, -1)
+    rows[1:, 1:] -= rows[:-1, 1:].copy()
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced.
+    chunks = ((b'IHDR', header), (b'IDAT', zlib.compress(rows, PNG_LEVEL)), (b'IEND', b''))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 def obj_bytes(anatomy: Anatomy, vertices: np.ndarray) -> bytes:

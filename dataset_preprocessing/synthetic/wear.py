@@ -11,6 +11,7 @@ from dataset_preprocessing.synthetic.noise import smoothstep, unit
 TUBE_SIDES = 6
 NUM_AROUND, NUM_UP = 96, 14  # Steps of a hat.
 MEAN_FACE_WIDTH = 0.154  # Between landmarks 1 and 15.
+RIM_REACH, LARGEST_LIFT = 0.004, 0.011  # Metres of a rim around it, and forwards to clear cheeks and nose.
 SHOULDERS = np.array([0.205, 0.0, 0.095])  # Half axes of the ellipse that tops run out to.
 
 
@@ -88,39 +89,71 @@ def _brim(rim, azimuth, colour):
                 np.broadcast_to(colour, (points.size // 3, 3)).copy(), 0.04)  # fmt: skip
 
 
-def glasses(kind: str, landmarks: np.ndarray, ears: np.ndarray, colour: np.ndarray) -> tuple[list[Part], list[Part]]:
-    """Return (frames, dark lenses) for landmarks [68, 3]; ears [2, 3]: where they rest, left in the picture first."""
+def glasses(
+    kind: str, landmarks: np.ndarray, ears: np.ndarray, face: np.ndarray, shell: np.ndarray, colour: np.ndarray
+) -> tuple[list[Part], list[Part]]:
+    """Return (frames, dark lenses) for landmarks [68, 3]; ears [2, 3]: where they rest, left in the picture first.
+
+    face [n, 3]: points of the face's skin, which frames keep clear of. shell: the head, which temples lie along.
+    """
     eyes = np.stack([landmarks[36:42].mean(axis=0), landmarks[42:48].mean(axis=0)])
-    half, power = {'round': ((0.0235, 0.0225), 2.0), 'rectangular': ((0.0265, 0.0165), 5.0),
-                   'thick': ((0.0270, 0.0195), 3.5), 'sunglasses': ((0.0290, 0.0225), 3.0)}[kind]  # fmt: skip
+    half, power = {'round': ((0.0235, 0.0225), 2.0), 'rectangular': ((0.0260, 0.0165), 5.0),
+                   'thick': ((0.0265, 0.0195), 3.5), 'sunglasses': ((0.0285, 0.0225), 3.0)}[kind]  # fmt: skip
     # Frames fit the width of the face.
     half = np.array(half) * (landmarks[15, 0] - landmarks[1, 0]) / MEAN_FACE_WIDTH
     thick = 0.0021 if kind in ('thick', 'sunglasses') else 0.0011
-    plane = max(landmarks[27, 2] + 0.001, eyes[:, 2].mean() + 0.010)
-    bridge = landmarks[27] * (0, 1, 0)
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     cos, sin = np.cos(angle), np.sin(angle)
     rim = np.stack([np.sign(x) * abs(x) ** (2 / power) for x in (cos, sin)], axis=1) * half
-    frames, lenses = [], []
+    loops = []
     for side, eye in zip((-1, 1), eyes, strict=True):
-        middle = np.array([side * max(abs(eye[0]), half[0] + 0.007), eye[1] - 0.002])
+        middle = np.array([side * max(abs(eye[0]), half[0] + 0.008), eye[1] - 0.001])
         loop = np.column_stack([middle + rim, np.zeros(len(rim))])
-        loop[:, 2] = plane - 2.2 * np.maximum(abs(loop[:, 0]) - 0.01, 0) ** 2
+        loop[:, 2] = -2.2 * np.maximum(abs(loop[:, 0]) - 0.01, 0) ** 2
+        loops.append(loop)
+    plane = max(landmarks[27, 2] + 0.001, eyes[:, 2].mean() + 0.010)
+    needed = max(_least_depth(loop, face) + thick + 0.0005 for loop in loops)
+    plane += np.clip(needed - plane, 0, LARGEST_LIFT)
+    frames, lenses = [], []
+    for side, loop, ear in zip((-1, 1), loops, ears, strict=True):
+        loop[:, 2] += plane
         frames.append(_tube(loop, thick, True))
         hinge = loop[np.argmax(side * loop[:, 0] + 0.3 * loop[:, 1])]
-        ear = ears[0 if side < 0 else 1] + np.array([side * 0.003, 0.004, 0])
-        bend = hinge * 0.9 + ear * 0.1
-        bend[0] = side * max(abs(hinge[0]) + 0.003, 0.9 * abs(ear[0]))
-        end = ear + np.array([0, -0.012, -0.022])
-        frames.append(_tube(np.stack([hinge, bend, ear, end]), thick, False))
+        frames.append(_tube(_temple(hinge, ear, side, shell, thick), thick, False))
         if kind == 'sunglasses':
             lenses.append(_disc(loop))
-    nose = np.array([[-0.0075, bridge[1] + 0.001, plane], [0, bridge[1] + 0.0035, plane + 0.001],
-                     [0.0075, bridge[1] + 0.001, plane]])  # fmt: skip
+    inner, height = min(abs(loop[:, 0]).min() for loop in loops), landmarks[27, 1]
+    nose = np.array([[-inner, height + 0.001, plane], [0, height + 0.0035, plane + 0.001],
+                     [inner, height + 0.001, plane]])  # fmt: skip
     frames.append(_tube(nose, thick, False))
     parts = [Part(v, f, np.broadcast_to(colour, v.shape).copy(), 0.5) for v, f in frames]
     dark = [Part(v, f, np.full(v.shape, 0.012), 0.3) for v, f in lenses]
     return parts, dark
+
+
+def _least_depth(loop, face):
+    """Return the z by which a loop [n, 3] has to be moved for no point of the face [m, 3] to lie before it."""
+    near = ((face[:, None, :2] - loop[None, :, :2]) ** 2).sum(axis=2) < RIM_REACH**2
+    return np.where(near, face[:, None, 2] - loop[None, :, 2], -np.inf).max()
+
+
+def _temple(hinge, ear, side, shell, thick):
+    """Return points [n, 3] from a frame's hinge along the side of the head, over the ear and down behind it."""
+    share = np.linspace(0, 1, 9)[:, None]
+    back = hinge + (ear + np.array([0, 0.003, 0]) - hinge) * share
+    path = np.concatenate([back, ear + np.array([[0, -0.004, -0.010], [0, -0.016, -0.017]])])
+    # How far from the middle the skin is at each height and depth.
+    low, high = np.zeros(len(path)), np.full(len(path), 0.12)
+    for _ in range(14):
+        x = (low + high) / 2
+        offset = path * (0, 1, 1) + x[:, None] * np.array([side, 0, 0]) - CENTRE
+        is_inside = np.linalg.norm(offset, axis=1) < shell_at(shell, offset)
+        low, high = np.where(is_inside, x, low), np.where(is_inside, high, x)
+    clear = high + thick + 0.001
+    along = smoothstep(0.0, 0.7, np.append(share[:, 0], [1, 1]))
+    path[:, 0] = side * np.maximum(clear, abs(hinge[0]) + along * (clear - abs(hinge[0])))
+    path[0] = hinge
+    return path
 
 
 def top(kind: str, rings: np.ndarray, cloth: np.ndarray, accent: np.ndarray) -> Part:

@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t kWideBox = 4;       // Columns from which on a face's sides are worth a look.
+constexpr int64_t kWideBox = 16;      // Columns from which on a face's sides are worth a look.
+constexpr int64_t kBlock = 32;        // Columns whose weights are computed together.
 constexpr double kSlack = 1.0 / (1 << 18);  // Rounding of `edge` is 2^-22 of the face's size, or less.
 constexpr double kFar = 1e30;
 
@@ -87,6 +88,45 @@ struct Side {
     }
 };
 
+// One face against the columns [from, to) of the row that begins at pixel `first`. All weights of a block come before
+// all stores, without a branch, so that the compiler computes several pixels at a time.
+void draw_span(const Corner& a, const Corner& b, const Corner& c, float divisor, int64_t face, const Axis& columns,
+               int64_t first, float y, int64_t from, int64_t to, const Image& image) {
+    // The parts of `edge` that a row shares.
+    const float rise_a = c.y - b.y, rise_b = a.y - c.y, rise_c = b.y - a.y;
+    const float run_a = (y - b.y) * (c.x - b.x), run_b = (y - c.y) * (a.x - c.x), run_c = (y - a.y) * (b.x - a.x);
+    float weight_a[kBlock], weight_b[kBlock], weight_c[kBlock], z[kBlock];
+    int32_t is_seen[kBlock];
+    for (; from < to; from += kBlock) {
+        const int32_t count = static_cast<int32_t>(std::min(to - from, kBlock));
+        const float* centre = columns.centre + from;
+        const float* depth = image.depth + first + from;
+        int32_t any = 0;
+        for (int32_t i = 0; i < count; ++i) {
+            weight_a[i] = ((centre[i] - b.x) * rise_a - run_a) / divisor;
+            weight_b[i] = ((centre[i] - c.x) * rise_b - run_b) / divisor;
+            weight_c[i] = ((centre[i] - a.x) * rise_c - run_c) / divisor;
+            z[i] = weight_a[i] * a.z + weight_b[i] * b.z + weight_c[i] * c.z;
+            // Strictly nearer: of equal depths the lower face stays. A quotient may have underflowed to 0.
+            is_seen[i] = (weight_a[i] > 0) & (weight_b[i] > 0) & (weight_c[i] > 0) & (z[i] < depth[i]);
+            any |= is_seen[i];
+        }
+        if (!any)
+            continue;
+        for (int32_t i = 0; i < count; ++i) {
+            if (!is_seen[i])
+                continue;
+            const int64_t pixel = first + from + i;
+            image.depth[pixel] = z[i];
+            image.face[pixel] = face;
+            float* weights = image.barycentric + 3 * pixel;
+            weights[0] = weight_a[i];
+            weights[1] = weight_c[i];
+            weights[2] = weight_b[i];
+        }
+    }
+}
+
 // One face against the rows [begin, end) of one image.
 void draw_face(const Mesh& mesh, int64_t face, Axis rows, Axis columns, int64_t begin, int64_t end, float epsilon,
                const Image& image) {
@@ -119,24 +159,7 @@ void draw_face(const Mesh& mesh, int64_t face, Axis rows, Axis columns, int64_t 
             from = std::max(left, columns.first(static_cast<float>(low), false));
             to = std::min(right, columns.first(static_cast<float>(high), true));
         }
-        for (int64_t column = from; column < to; ++column) {
-            const float x = columns.centre[column], y = rows.centre[row];
-            const float area_a = edge(x, y, b, c), area_b = edge(x, y, c, a), area_c = edge(x, y, a, b);
-            if (!(area_a > 0 && area_b > 0 && area_c > 0))
-                continue;
-            const float weight_a = area_a / divisor, weight_b = area_b / divisor, weight_c = area_c / divisor;
-            const float z = weight_a * a.z + weight_b * b.z + weight_c * c.z;
-            const int64_t pixel = row * columns.size + column;
-            // Strictly nearer: of equal depths the lower face stays. A quotient may have underflowed to 0.
-            if (!(weight_a > 0 && weight_b > 0 && weight_c > 0 && z < image.depth[pixel]))
-                continue;
-            image.depth[pixel] = z;
-            image.face[pixel] = face;
-            float* weights = image.barycentric + 3 * pixel;
-            weights[0] = weight_a;
-            weights[1] = weight_c;
-            weights[2] = weight_b;
-        }
+        draw_span(a, b, c, divisor, face, columns, row * columns.size, rows.centre[row], from, to, image);
     }
 }
 
