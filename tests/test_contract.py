@@ -15,6 +15,9 @@ SCRIPTS = [
     'convert_network', 'gen_samples', 'gen_videos_next3d', 'make_demo_network', 'reenact_avatar_next3d', 'train_next3d',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
     'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
+    'dataset_preprocessing.ffhq.detect', 'dataset_preprocessing.ffhq.crop', 'dataset_preprocessing.ffhq.fit_cameras',
+    'dataset_preprocessing.ffhq.labels', 'dataset_preprocessing.ffhq.fit_meshes',
+    'dataset_preprocessing.ffhq.check_files',
 ]
 LISTED = subprocess.check_output(['git', 'ls-files', '*.py'], cwd=ROOT, text=True).split()
 TRACKED = [path for path in LISTED if not path.startswith('tests/data/')]
@@ -96,7 +99,7 @@ def readme_commands():
     text = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
     makefile = (ROOT / 'Makefile').read_text().replace('\\\n', ' ').replace('$(RUN)', 'python')
     for line in (text + makefile).splitlines():
-        match = re.match(r'\s+python ([\w/]+)\.py (.*)', line)
+        match = re.match(r'\s+python ([\w/]+)\.py ?(.*)', line)
         if match and '--help' not in match[2]:
             yield match[1].replace('/', '.'), match[2]
 
