@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test configuration: import path, markers, the published head, the record of parity deviations."""
 
+import importlib.util
 import json
 import os
 import pathlib
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -76,3 +78,13 @@ def exact_float32():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope='module')
+def builders():
+    """Return the module that rebuilds the fabricated files of the published numbers."""
+    spec = importlib.util.spec_from_file_location('prep_builders', parity.parity_file('fits/prep_builders.py'))
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, golden_recipe=parity.recipe):
+        spec.loader.exec_module(module)
+    return module

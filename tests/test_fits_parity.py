@@ -2,15 +2,12 @@
 """Agreement of crops, cameras and meshes with the published pipeline, run on fabricated checkpoints and pictures."""
 
 import hashlib
-import importlib.util
-import sys
-from unittest import mock
 
 import numpy as np
 import PIL
 import pytest
 import torch
-from parity import agrees, load, parity_file, recipe
+from parity import agrees, load, parity_file
 from PIL import Image
 
 from dataset_preprocessing.ffhq import alignment, deca_net, deep3d_net
@@ -21,16 +18,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 PICTURES = ('p0', 'p1', 'p2')
 # Grey levels. Pillow 12 and 13 give the same bytes; another version may round its filters' weights differently.
 PILLOW_TOLERANCE = 0 if PIL.__version__.split('.')[0] in ('12', '13') else 2
-
-
-@pytest.fixture(scope='module')
-def builders():
-    """Return the module that rebuilds the fabricated files of the published numbers."""
-    spec = importlib.util.spec_from_file_location('prep_builders', parity_file('fits/prep_builders.py'))
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, golden_recipe=recipe):
-        spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')

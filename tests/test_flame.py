@@ -4,20 +4,17 @@
 The fabricated model has FLAME's sizes and random content; nothing in it comes from FLAME.
 """
 
-import importlib.util
 import io
 import pickle
 import random
 import struct
-import sys
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from parity import agrees, load, parity_file, recipe
 from scipy.spatial.transform import Rotation
-from test_restricted_pickle import Call, Name, Touch, Writer, module_object, numpy_array, numpy_dtype, write
+from test_restricted_pickle import Call, Name, Touch, Writer, numpy_array, numpy_dtype, write
 
 from geometry.flame import FlameFileError, contour_rows, load_flame, rotation_matrices
 from geometry.meshes import MeshFileError
@@ -27,16 +24,6 @@ POSE_NAMES = ('global_pose', 'neck_pose', 'jaw_pose', 'eye_pose')
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 # --- published numbers -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope='module')
-def builders():
-    """Return the module that rebuilds the fabricated files of the published numbers."""
-    spec = importlib.util.spec_from_file_location('prep_builders', parity_file('fits/prep_builders.py'))
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, golden_recipe=recipe):
-        spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from parity import ROOT
 from PIL import Image
 
 from geometry.cameras import intrinsics, look_at_pose, make_label

@@ -298,6 +298,7 @@ def _dirichlet(corners, inverse, share, num_points) -> Callable:
     """Return uvs -> (energy, gradient [V, 2]); the energy is infinite where a triangle is flipped."""
 
     def evaluate(uvs):
+        """Return the energy and its gradient [V, 2] at uvs [V, 2]."""
         triangle = uvs[corners]
         edges = np.stack([triangle[:, 1] - triangle[:, 0], triangle[:, 2] - triangle[:, 0]], axis=-1)
         jacobian = edges @ inverse

@@ -121,6 +121,7 @@ class _Query(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, planes, w1, b1, w2, b2, points, scale, axes, with_rgb):
+        """Return density [N, M, 1] and colours [N, M, C], or [N, M, 0] without them; nothing of the points is kept."""
         from torch_utils.ops import triplane_kernels as kernels  # Importing Triton takes half a second.
 
         field = Field(planes, Decoder(*_contiguous((w1, b1, w2, b2))), scale, axes)
@@ -139,6 +140,7 @@ class _Query(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_sigma, g_rgb):
+        """Return gradients of the planes, in their dtype, and of the decoder's four tensors."""
         from torch_utils.ops import triplane_kernels as kernels
 
         planes, *decoder, points = ctx.saved_tensors
@@ -161,6 +163,7 @@ class _March(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, planes, w1, b1, w2, b2, origins, directions, depths, scale, axes, white_back):
+        """Return features [N, M, C], depth [N, M] and total weight [N, M] of rays with depths [N, M, S]."""
         from torch_utils.ops import triplane_kernels as kernels
 
         field = Field(planes, Decoder(*_contiguous((w1, b1, w2, b2))), scale, axes)
@@ -180,6 +183,7 @@ class _March(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_features, g_depth, g_total):
+        """Return gradients of the planes, in their dtype, and of the decoder's four tensors."""
         from torch_utils.ops import triplane_kernels as kernels
 
         planes, *decoder, origins, directions, depths = ctx.saved_tensors
