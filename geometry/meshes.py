@@ -92,6 +92,18 @@ def parse_landmarks(data: bytes, where: str) -> np.ndarray:
     return landmarks
 
 
+def obj_vertices(vertices: np.ndarray, number: str = '%.6f') -> bytes:
+    """Return the lines of an OBJ file for vertices [V, 3]; number: how one is printed, '%r' keeps float32 exactly."""
+    return (f'v {number} {number} {number}\n' * len(vertices) % tuple(vertices.ravel().tolist())).encode('ascii')
+
+
+def obj_surface(uvs: np.ndarray, faces: np.ndarray, uv_faces: np.ndarray, number: str = '%.6f') -> bytes:
+    """Return the lines after the vertices, UVs [T, 2] and faces [F, 3]: the same for all meshes of a topology."""
+    points = f'vt {number} {number}\n' * len(uvs) % tuple(uvs.ravel().tolist())
+    corners = np.stack([faces, uv_faces], axis=-1) + 1
+    return (points + 'f %d/%d %d/%d %d/%d\n' * len(corners) % tuple(corners.ravel().tolist())).encode('ascii')
+
+
 def stack_mesh(vertices: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """Return the generator's mesh input [1, V + 68, 3] of vertices [V, 3] and landmarks [68, 3]."""
     return np.concatenate([vertices, landmarks])[None].astype(np.float32)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from geometry.meshes import obj_surface, obj_vertices
+
 # Metres, x to the image's right, y up, z to the viewer. Only x >= 0 is modelled; the other half is its mirror image.
 MOUTH_Y, MOUTH_X = -0.0500, 0.0263  # Height of the line between the lips; half width of the mouth.
 POCKET = 0.002  # Rows cast within this distance of MOUTH_Y fold inwards between the lips.
@@ -188,11 +190,8 @@ def uv_face_mask() -> np.ndarray:
 
 def write_obj(path: Path, head: SimpleHead) -> None:
     """Write vertices, UVs and faces as an OBJ file with six decimals; `path` appears only when complete."""
-    lines = [f'v {x:.6f} {y:.6f} {z:.6f}' for x, y, z in head.vertices]
-    lines += [f'vt {u:.6f} {v:.6f}' for u, v in head.uvs]
-    for corners, uv_corners in zip(head.faces + 1, head.uv_faces + 1, strict=True):
-        lines.append('f ' + ' '.join(f'{i}/{j}' for i, j in zip(corners, uv_corners, strict=True)))
-    _write_text(path, lines)
+    content = obj_vertices(head.vertices) + obj_surface(head.uvs, head.faces, head.uv_faces)
+    _write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_landmarks(path: Path, landmarks: np.ndarray) -> None:

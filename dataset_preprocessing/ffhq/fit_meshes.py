@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run DECA's encoder and FLAME, from the user's files, on cropped pictures: a mesh and a landmark file each."""
 
+import functools
 import io
 import pathlib
 import sys
@@ -16,7 +17,9 @@ from dataset_preprocessing.ffhq import assets, deca_net, files  # noqa: E402
 from dataset_preprocessing.ffhq.files import PreprocessError  # noqa: E402
 from dnnlib import atomic_write  # noqa: E402
 from geometry.flame import FlameFileError, FlameHead, load_flame  # noqa: E402
-from geometry.meshes import MeshFileError  # noqa: E402
+from geometry.meshes import MeshFileError, obj_surface, obj_vertices  # noqa: E402
+
+EXACT = '%r'  # How numbers of meshes are printed: float32 is kept.
 
 DECA_FILES = ('deca', 'flame', 'flame_landmarks', 'flame_template')
 
@@ -48,17 +51,9 @@ def read_gaze(folder: pathlib.Path, name: str) -> np.ndarray:
     raise PreprocessError(f'{folder / name}.txt: expected gaze angles, found no file')
 
 
-def obj_text(vertices: np.ndarray, head: FlameHead) -> str:
-    """Return an OBJ file of vertices [V, 3] with the head's UVs and faces; float32 is kept exactly."""
-    lines = [f'v {x} {y} {z}' for x, y, z in vertices.tolist()]
-    return '\n'.join([*lines, *_surface_lines(head), ''])
-
-
-def _surface_lines(head):
-    lines = [f'vt {u} {v}' for u, v in head.uvs.tolist()]
-    for corners, uv_corners in zip((head.faces + 1).tolist(), (head.uv_faces + 1).tolist(), strict=True):
-        lines.append('f ' + ' '.join(f'{i}/{j}' for i, j in zip(corners, uv_corners, strict=True)))
-    return lines
+@functools.lru_cache(maxsize=1)
+def _surface(head):
+    return obj_surface(head.uvs.cpu().numpy(), head.faces.cpu().numpy(), head.uv_faces.cpu().numpy(), EXACT)
 
 
 def landmarks_text(landmarks: np.ndarray) -> str:
@@ -123,7 +118,8 @@ def write_fit(
         with atomic_write(path) as file:
             np.savez(file, **parts, eye_pose=np.zeros(6, np.float32) if eyes is None else eyes)
     files.write_text(landmarks_text(mesh.landmarks[0].cpu().numpy()), outputs[1])
-    files.write_text(obj_text(mesh.vertices[0].cpu().numpy(), head), outputs[0])
+    mesh_lines = obj_vertices(mesh.vertices[0].cpu().numpy(), EXACT) + _surface(head)
+    files.write_text(mesh_lines.decode('ascii'), outputs[0])
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataset_preprocessing.synthetic.anatomy import Anatomy
 from dnnlib import atomic_write
 from geometry.head_model import DEFAULT_HEAD
-from geometry.meshes import NUM_LANDMARKS
+from geometry.meshes import NUM_LANDMARKS, obj_surface, obj_vertices
 from training.dataset import (
     LABEL_FILE,
     LABEL_LENGTH,
@@ -115,8 +115,7 @@ def png(image: np.ndarray) -> bytes:
 
 def obj_bytes(anatomy: Anatomy, vertices: np.ndarray) -> bytes:
     """Return vertices with the template's UVs and faces as an OBJ file with six decimals."""
-    lines = 'v %.6f %.6f %.6f\n' * len(vertices) % tuple(vertices.ravel().tolist())
-    return lines.encode('ascii') + _constant_lines(anatomy)
+    return obj_vertices(vertices) + _surface(anatomy)
 
 
 def landmark_bytes(landmarks: np.ndarray) -> bytes:
@@ -125,10 +124,8 @@ def landmark_bytes(landmarks: np.ndarray) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def _constant_lines(anatomy):
-    uvs = 'vt %.6f %.6f\n' * len(anatomy.uvs) % tuple(anatomy.uvs.ravel().tolist())
-    corners = np.stack([anatomy.faces, anatomy.uv_faces], axis=-1) + 1
-    return (uvs + 'f %d/%d %d/%d %d/%d\n' * len(corners) % tuple(corners.ravel().tolist())).encode('ascii')
+def _surface(anatomy):
+    return obj_surface(anatomy.uvs, anatomy.faces, anatomy.uv_faces)
 
 
 class FolderStore:
