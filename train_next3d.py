@@ -202,8 +202,8 @@ OPTIONS = [
             NOT_NEGATIVE, 'FLOAT'),
     setting('disc_c_noise', "Noise on the discriminator's label, in standard deviations of the label.",
             NOT_NEGATIVE, 'FLOAT'),
-    setting('disc_render', 'Show the discriminator a rendering of the mesh, coloured by normals (True) or UVs.',
-            Switch(RENDER_COLOURS), 'BOOL|normal|uv'),
+    setting('disc_render', 'Show the discriminator a rendering of the mesh: normals (True), UVs, or waves of UVs.',
+            Switch(RENDER_COLOURS), 'BOOL|normal|uv|waves'),
     # Augmentation.
     setting('aug', 'Augmentation of what the discriminator sees; ada: adaptive.', Choice(AUGMENT_MODES)),
     setting('p', 'Probability of augmentation (--aug=fixed).', PROBABILITY, 'FLOAT'),

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from parity import ROOT
 
 SCRIPTS = [
-    'convert_network', 'gen_samples', 'gen_videos_next3d', 'make_demo_network', 'reenact_avatar_next3d', 'train_next3d',
+    'convert_network', 'gen_samples', 'gen_sheets', 'gen_videos_next3d', 'make_demo_network', 'reenact_avatar_next3d',
+    'train_next3d',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
     'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
     'dataset_preprocessing.ffhq.detect', 'dataset_preprocessing.ffhq.crop', 'dataset_preprocessing.ffhq.fit_cameras',

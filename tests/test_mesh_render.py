@@ -10,10 +10,11 @@ import torch
 import toy_data
 
 from geometry import cameras
+from geometry.head_model import load_embedded_head
 from geometry.mirror import mirror_label
 from geometry.simple_head import simple_head
 from training.dataset import FolderSource, HeadDataset
-from training.mesh_render import MeshRenderer
+from training.mesh_render import RENDER_COLOURS, MeshRenderer
 
 SIZE = 64
 WORLD = dict(scale=1.0, shift=(0.0, 0.0, 0.0))  # For meshes that are given in world units.
@@ -119,6 +120,22 @@ def test_normals_of_the_head():
     assert picture[1, is_seen[:, 64].nonzero()[0], 64] > 0.6
 
 
+def test_waves_show_eyes_that_turn():
+    model = load_embedded_head()
+    uv = torch.cat([model.uvs * 2 - 1, torch.ones(len(model.uvs), 1)], dim=1) * torch.tensor([1, -1, 1])
+    gaze = model.expression(eyeLookOutLeft=0.6, eyeLookInRight=0.6)
+    meshes = [model(torch.zeros(1, model.num_identity), e).vertices for e in (model.expression(), gaze)]
+    difference = {}
+    for colour in RENDER_COLOURS:
+        renderer = MeshRenderer(model.faces, uv[model.uv_faces], colour)
+        view = renderer.look(meshes[0], label())
+        is_eye = model.regions['eyes'][renderer.faces[view.face.clamp(min=0)]].all(dim=-1) & (view.face >= 0)
+        straight, aside = (renderer(v, label()) for v in meshes)
+        difference[colour] = float((straight - aside).abs().amax(dim=1)[is_eye].mean())
+        assert straight.abs().max() < 1 + 1e-6
+    assert difference['waves'] > 0.5 and max(difference['uv'], difference['normal']) < 0.15, difference
+
+
 def test_normals_are_means_weighted_by_area():
     faces, _, v = head()
     vertices = v[0].double().numpy()
@@ -213,7 +230,7 @@ def test_faces_behind_the_camera():
 
 def test_messages_of_bad_calls():
     faces, face_uvcoords, v = head()
-    with pytest.raises(ValueError, match=r"colour: expected one of \('normal', 'uv'\), got 'red'"):
+    with pytest.raises(ValueError, match=r"colour: expected one of \('normal', 'uv', 'waves'\), got 'red'"):
         MeshRenderer(faces, face_uvcoords, 'red')
     with pytest.raises(ValueError, match='face_uvcoords: '):
         MeshRenderer(faces, face_uvcoords[1:])

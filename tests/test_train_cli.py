@@ -283,7 +283,7 @@ def test_micro_batches_hold_whole_groups_where_they_can(batch, expected):
         ('--cbase=64', 'at least 128'),
         ('--map_depth=0', '0'),
         ('--aug=foo', 'noaug, ada, fixed'),
-        ('--disc_render=foo', 'normal, uv'),
+        ('--disc_render=foo', 'normal, uv, waves'),
         ('--sr_module=SuperresolutionHybrid8XDC', 'SuperresolutionHybrid2X for 128'),
         ('--neural_rendering_resolution_initial=256', 'at most 128'),
         ('--neural_rendering_resolution_final=129', 'at most 128'),

@@ -12,7 +12,8 @@ from torch_utils.custom_ops import check_shape
 from torch_utils.ops.rasterize import rasterize
 from training.config import LABEL_LENGTH
 
-RENDER_COLOURS = ('normal', 'uv')
+RENDER_COLOURS = ('normal', 'uv', 'waves')
+WAVES = 16  # Periods of 'waves' over the UV square: a pupil's way is half of one, a face in 256 pixels shows all.
 BACKGROUND = -1.0
 NEAR = 0.01  # World units in front of the camera; faces that come nearer are not drawn.
 
@@ -33,7 +34,8 @@ class MeshRenderer:
     """Draws meshes of one topology; no gradient flows.
 
     faces: [F, 3] int64, counter-clockwise seen from outside. face_uvcoords: [F, 3, 3] of (2u - 1, 1 - 2v, 1) per
-    corner, on the same device. colour: 'normal', unit normals in the head's frame, or 'uv', face_uvcoords.
+    corner, on the same device. colour: 'normal', unit normals in the head's frame; 'uv', face_uvcoords; 'waves', sines
+    of both UVs and the normal's z, in which eyeballs are seen to turn: their normals stay and their UVs hardly differ.
     resolution: side in pixels. scale, shift: mesh to world units.
     """
 
@@ -65,7 +67,11 @@ class MeshRenderer:
         view = self.look(v, c)
         if self.colour == 'uv':
             return _with_background(view, _mix(view, self.face_uvcoords[view.face.clamp(min=0)]))
-        return _with_background(view, functional.normalize(self._mix_vertices(view, self.normals(v)), dim=-1))
+        normals = functional.normalize(self._mix_vertices(view, self.normals(v)), dim=-1)
+        if self.colour == 'normal':
+            return _with_background(view, normals)
+        waves = (torch.pi * WAVES * _mix(view, self.face_uvcoords[view.face.clamp(min=0)])[..., :2]).sin()
+        return _with_background(view, torch.cat([waves, normals[..., 2:]], dim=-1))
 
     @torch.no_grad()
     def look(self, v: torch.Tensor, c: torch.Tensor) -> MeshView:

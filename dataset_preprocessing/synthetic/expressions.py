@@ -27,8 +27,8 @@ MOUTHS = {
     'aside too': {'jawRight': (0, 0.6), 'mouthRight': (0.1, 0.6)},
 }
 MOUTH_SHARES = {
-    'neutral': 8, 'rest': 12, 'smile': 20, 'grin': 24, 'laugh': 9, 'say a': 7, 'say e': 5, 'say o': 5, 'say u': 4,
-    'say m': 4, 'say f': 3, 'wide open': 4, 'frown': 4, 'disgust': 2, 'puff': 1.5, 'kiss': 1.5, 'aside': 1.5,
+    'neutral': 10, 'rest': 12, 'smile': 20, 'grin': 20, 'laugh': 9, 'say a': 9, 'say e': 5, 'say o': 5, 'say u': 4,
+    'say m': 4, 'say f': 3, 'wide open': 6, 'frown': 4, 'disgust': 2, 'puff': 1.5, 'kiss': 1.5, 'aside': 1.5,
     'aside too': 1.5,
 }  # fmt: skip
 BROWS = [

@@ -50,7 +50,7 @@ TOPS = {'crew': 45, 'turtleneck': 12, 'hood': 18, 'shirt': 25}
 YAW_STD, WIDE_SHARE, WIDE_YAW = 0.28, 0.16, 0.9  # FFHQ's yaw: a normal core and a tail up to three quarter views.
 PITCH_MEAN, PITCH_STD, ROLL_STD = 0.07, 0.145, 0.035
 RADIUS = 2.7
-LOOK_AT, LOOK_AT_STD = (0.0, 0.012, -0.02), (0.010, 0.010, 0.02)  # The crop's centre on the face, world units.
+LOOK_AT, LOOK_AT_STD = (0.0, 0.012, 0.13), (0.010, 0.010, 0.03)  # The crop's centre, in the face; world units.
 POSITION_STD = 0.010
 
 

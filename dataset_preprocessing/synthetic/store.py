@@ -37,7 +37,7 @@ from training.files import DatasetError
 from training.topology import MASK_NAME
 
 OPTIONS_FILE, COEFFICIENTS_FILE, TEMPLATE_FILE = 'synthetic.json', 'coefficients.npz', 'head_template.obj'
-VERSION = 2  # Of the drawing: raise it whenever a picture changes, so that no data set is half old, half new.
+VERSION = 3  # Of the drawing: raise it whenever a picture changes, so that no data set is half old, half new.
 TEMPORARY = '.unfinished'
 PER_FOLDER = 1000  # Pictures of a folder, as in FFHQ.
 PNG_LEVEL = 1  # Larger files by a tenth, written three times as fast.
