@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo: pictures and a shape from a small network, in demo-out. make test: all tests. Both set up .venv first.
+# make demo: pictures, shapes and a video of three avatars, in demo-out. make test: all tests. Both set up .venv first.
 PYTHON ?= python3
 OUT ?= demo-out
+SEEDS ?= 5,8,11
+SHAPE_SEED ?= 5
 BIN := .venv/bin
 RUN := $(BIN)/python
+AVATAR := --network=data/demo/next3d_demo.pkl --trunc=0.7 --outdir=$(OUT)
+HEAD := --lms_cond=True --obj_path=data/demo/demo.obj --lms_path=data/demo/demo_kpt2d.txt
 
 .PHONY: demo test clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	mkdir -p $(OUT)
-	$(RUN) make_demo_network.py --out=$(OUT)/demo_network.pkl
-	$(RUN) gen_samples.py --network=$(OUT)/demo_network.pkl --obj_path=data/demo/demo.obj \
-	  --lms_path=data/demo/demo_kpt2d.txt --lms_cond=True --seeds=0-2 --trunc=0.7 --depth --outdir=$(OUT)
-	$(RUN) gen_samples.py --network=$(OUT)/demo_network.pkl --obj_path=data/demo/demo.obj \
-	  --lms_path=data/demo/demo_kpt2d.txt --lms_cond=True --seeds=0 --trunc=0.7 --shapes=true --shape-res=128 \
-	  --outdir=$(OUT)
-	$(RUN) gen_samples.py --network=$(OUT)/demo_network.pkl --obj_path=data/demo/demo.obj \
-	  --lms_path=data/demo/demo_kpt2d.txt --lms_cond=True --seeds=0 --trunc=0.7 --shapes=true --shape-res=128 \
-	  --shape-format=.glb --outdir=$(OUT)
-	@echo "Open the pictures $(OUT)/seed*.png, the density $(OUT)/seed0000.mrc (ChimeraX), the surface $(OUT)/seed0000.glb"
+	$(RUN) gen_sheets.py $(AVATAR) --seeds=$(SEEDS)
+	$(RUN) gen_samples.py $(AVATAR) $(HEAD) --seeds=$(SEEDS) --depth
+	$(RUN) gen_samples.py $(AVATAR) $(HEAD) --seeds=$(SHAPE_SEED) --shapes=true --shape-res=128
+	$(RUN) gen_samples.py $(AVATAR) $(HEAD) --seeds=$(SHAPE_SEED) --shapes=true --shape-res=128 --shape-format=.glb
+	$(RUN) reenact_avatar_next3d.py $(AVATAR) --lms_cond=True --seeds=$(SEEDS) --grid=3x1 --drive_root=data/demo/clip \
+	  --fname=talking.mp4
+	@echo "Open in $(OUT): expressions.png and cameras.png, pictures with depth seed*.png, a talking clip talking.mp4,"
+	@echo "a surface seed*.glb (Blender or any glTF viewer), a density seed*.mrc (ChimeraX, surface level 10)"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -q tests
@@ -28,7 +29,7 @@ clean:
 	rm -rf .venv $(OUT)
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python requirements.txt

@@ -15,6 +15,7 @@ import torch
 
 FLUSH_BYTES = 256 * 2**20  # More than the L2 cache of any GPU so far.
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIMPLE_HEAD = ROOT / 'tests' / 'data' / 'simple_head'  # Measurements keep this head, whatever data/demo holds.
 
 
 class Result(NamedTuple):

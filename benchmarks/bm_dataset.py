@@ -13,17 +13,18 @@ import time
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a script from any folder.
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]  # Run as a script from any folder.
 
 from dataset_preprocessing import pack  # noqa: E402  (needs the path above)
 from geometry import cameras  # noqa: E402
-from geometry.meshes import read_obj  # noqa: E402
-from geometry.simple_head import simple_head, write_landmarks, write_obj  # noqa: E402
+from geometry.meshes import read_obj, write_landmarks, write_obj  # noqa: E402
+from simple_head import simple_head  # noqa: E402
 from training.dataset import FolderSource, HeadDataset, PackedSource  # noqa: E402
 
 
 def make_data(root, count):
-    """Write a data set of the published layout with `count` items of the simple head."""
+    """Write a data set of the published layout with `count` items of the simple head, whose mouth opens."""
     for kind in ('images', 'meshes', 'lms'):
         (root / f'{kind}512x512').mkdir(parents=True)
     labels = []

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of drawing with a network of random weights, full-size ffhq512 by default: whole pictures and their pieces.
 
-The protocol of the published code's measurements: one demo head repeated, cameras 0.1 rad apart.
+The protocol of the published code's measurements: one head (the tests' simple one) repeated, cameras 0.1 rad apart.
 """
 
 import pathlib
 import sys
 
 import torch
-from bench import Benchmark
+from bench import SIMPLE_HEAD, Benchmark
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a script from any folder.
 
@@ -19,7 +19,6 @@ from training.inference import DTYPES, CapturedCall, Identity, Synthesizer  # no
 from training.topology import load_topology  # noqa: E402
 from training.train_config import PRESETS, make_config  # noqa: E402
 
-DEMO = pathlib.Path(__file__).resolve().parents[1] / 'data' / 'demo'
 
 
 def random_generator(preset, device):
@@ -27,14 +26,14 @@ def random_generator(preset, device):
     config = make_config(preset, '', '').generator
     with torch.device(device):
         torch.manual_seed(0)
-        topology = load_topology(DEMO / 'head_template.obj', config.texture_resolution)
+        topology = load_topology(SIMPLE_HEAD / 'head_template.obj', config.texture_resolution)
         return Next3DGenerator(config, *topology).eval().requires_grad_(False).to(device)
 
 
 def inputs(generator, batch):
     """Return ws, labels and meshes of a batch on the generator's device."""
     device = next(generator.parameters()).device
-    v = stack_mesh(read_obj(DEMO / 'demo.obj').vertices, read_landmarks(DEMO / 'demo_kpt2d.txt'))
+    v = stack_mesh(read_obj(SIMPLE_HEAD / 'demo.obj').vertices, read_landmarks(SIMPLE_HEAD / 'demo_kpt2d.txt'))
     poses = torch.cat([cameras.look_at_pose(cameras.FRONTAL + 0.1 * i, cameras.FRONTAL) for i in range(batch)])
     c = cameras.make_label(poses, cameras.intrinsics()).to(device)
     z = torch.randn(batch, generator.z_dim, generator=torch.Generator().manual_seed(0)).to(device)

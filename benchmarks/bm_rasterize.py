@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to rasterise four views of the demo head and to fill its mouth: every implementation that the device has."""
+"""Time to rasterise four views of the tests' simple head and to fill its mouth: every implementation of the device."""
 
 import pathlib
 import sys
@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a script from any folder.
 
-from bench import Benchmark  # noqa: E402  (needs the path above)
+from bench import SIMPLE_HEAD, Benchmark  # noqa: E402  (needs the path above)
 
 from geometry.meshes import read_obj  # noqa: E402
 from torch_utils.ops.fill_holes import fill_holes  # noqa: E402
@@ -19,21 +19,20 @@ from training.topology import load_topology  # noqa: E402
 
 RESOLUTION = 256
 BATCHES = (1, 4)
-DEMO = pathlib.Path(__file__).resolve().parents[1] / 'data' / 'demo'
 IMPLS = {'cpu': ('ref', 'cpp'), 'cuda': ('ref', 'cuda')}
 
 
 def load_views(batch: int, device: str) -> torch.Tensor:
-    """Return the screen positions [batch, 4, V, 3] of the demo head, turned a bit in each item of the batch."""
-    vertices = torch.as_tensor(read_obj(DEMO / 'demo.obj').vertices, dtype=torch.float32, device=device)
+    """Return the screen positions [batch, 4, V, 3] of the simple head, turned a bit in each item of the batch."""
+    vertices = torch.as_tensor(read_obj(SIMPLE_HEAD / 'demo.obj').vertices, dtype=torch.float32, device=device)
     turned = torch.stack([vertices + 0.02 * i * vertices.roll(1, dims=1) for i in range(batch)])
     config = Next3DConfig()
     return torch.stack([project(turned, view, config.orth_scale, config.orth_shift) for view in VIEWS['next3d']], dim=1)
 
 
-def load_demo_topology(device: str) -> Topology:
-    """Return the topology of the demo head, with its mask at the resolution of the texture."""
-    mesh = load_topology(DEMO / 'head_template.obj', RESOLUTION)
+def load_simple_topology(device: str) -> Topology:
+    """Return the topology of the simple head, with its mask at the resolution of the texture."""
+    mesh = load_topology(SIMPLE_HEAD / 'head_template.obj', RESOLUTION)
     uvs = torch.as_tensor(mesh.uvs, dtype=torch.float32)
     corners = torch.stack([2 * uvs[:, 0] - 1, 1 - 2 * uvs[:, 1], torch.ones(len(uvs))], dim=1)
     faces, uv_faces = (torch.as_tensor(part, dtype=torch.int64) for part in (mesh.faces, mesh.uv_faces))
@@ -44,7 +43,7 @@ def main():
     """Measure both ops alone, and with what lies between them, at each batch size."""
     bench = Benchmark(__doc__)
     device = bench.parse().device
-    topology = load_demo_topology(device)
+    topology = load_simple_topology(device)
     for batch in BATCHES:
         screen = load_views(batch, device)
         positions, faces = screen.flatten(0, 1).contiguous(), topology.faces

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a script from any folder.
 
-from bench import where_measured  # noqa: E402  (needs the path above)
+from bench import SIMPLE_HEAD, where_measured  # noqa: E402  (needs the path above)
 from geometry import cameras  # noqa: E402
 from geometry.meshes import read_landmarks, read_obj, stack_mesh  # noqa: E402
 from torch_utils.distributed import joined  # noqa: E402
@@ -29,7 +29,6 @@ from training.trainer import LARGEST_GRADIENT, Trainer, new_networks  # noqa: E4
 
 WARM_UP = 5
 BUCKET_BYTES = 1 << 26
-DEMO = pathlib.Path(__file__).resolve().parents[1] / 'data' / 'demo'
 
 
 class Moment:
@@ -126,9 +125,9 @@ REDUCTIONS = {'flat': TimedTrainer, 'buckets': BucketTrainer}
 
 
 def random_data(trainer, iteration):
-    """Return one process's part of an iteration: the demo head, cameras 0.1 rad apart, noise for pictures."""
+    """Return one process's part of an iteration: the tests' simple head, cameras 0.1 rad apart, noise for pictures."""
     c, count = trainer.config, trainer.plan.num_rounds * trainer.plan.batch_gpu
-    mesh = stack_mesh(read_obj(DEMO / 'demo.obj').vertices, read_landmarks(DEMO / 'demo_kpt2d.txt'))
+    mesh = stack_mesh(read_obj(SIMPLE_HEAD / 'demo.obj').vertices, read_landmarks(SIMPLE_HEAD / 'demo_kpt2d.txt'))
     mesh = np.repeat(mesh, count, axis=0)
     poses = torch.cat([cameras.look_at_pose(cameras.FRONTAL + 0.1 * (i % 4), cameras.FRONTAL) for i in range(count)])
     label = cameras.make_label(poses, cameras.intrinsics()).numpy()
@@ -208,7 +207,7 @@ def main():
                 arguments.preset, '', '', batch=arguments.batch, gpus=ranks.size, gen_pose_cond=True, disc_c_noise=1.0,
                 neural_rendering_resolution_initial=side, resume='weights', device=arguments.device,
                 precision=precision, nographs=arguments.nographs or reduction == 'buckets',
-                topology_path=str(DEMO / 'head_template.obj'),
+                topology_path=str(SIMPLE_HEAD / 'head_template.obj'),
             )
             key = f'{precision} {side} {reduction}'
             results[key] = measure(config, ranks, arguments.iterations, REDUCTIONS[reduction])

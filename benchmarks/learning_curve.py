@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]  # Run as a script from any folder.
 
 import legacy  # noqa: E402  (needs the path above)
+import simple_head  # noqa: E402
 import toy_data  # noqa: E402
 from training.dataset import HeadDataset, open_source  # noqa: E402
 
@@ -72,7 +73,8 @@ def main():
         sides = [f'--data={images}', f'--rdata={data_dir / "meshes128x128"}', f'--out={packed}']
         subprocess.run([sys.executable, ROOT / 'dataset_preprocessing' / 'pack.py', *sides], check=True)
     if not arguments.evaluate_only:
-        command = [sys.executable, ROOT / 'train_next3d.py', f'--outdir={runs}', f'--data={packed}', *arguments.options]
+        command = [sys.executable, ROOT / 'train_next3d.py', f'--outdir={runs}', f'--data={packed}']
+        command += [f'--topology-path={simple_head.TEMPLATE}', *arguments.options]
         subprocess.run(command, check=True, cwd=ROOT)
     evaluate(arguments.out, sorted(runs.iterdir())[-1], HeadDataset(open_source(packed, None)), arguments.every)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dnnlib import atomic_write
+
 NUM_LANDMARKS = 68
 WORLD_SCALE, WORLD_SHIFT = 2.5, (0.0, 0.025, 0.0)  # world = scale·mesh + shift; docs/conventions.md.
 LANDMARK_LIMIT = 0.3  # Metres; landmarks in pixels are far above it.
@@ -102,6 +104,23 @@ def obj_surface(uvs: np.ndarray, faces: np.ndarray, uv_faces: np.ndarray, number
     points = f'vt {number} {number}\n' * len(uvs) % tuple(uvs.ravel().tolist())
     corners = np.stack([faces, uv_faces], axis=-1) + 1
     return (points + 'f %d/%d %d/%d %d/%d\n' * len(corners) % tuple(corners.ravel().tolist())).encode('ascii')
+
+
+def landmark_lines(landmarks: np.ndarray, number: str = '%.6f') -> bytes:
+    """Return landmarks [68, 3] as lines of x y z; number: how one is printed."""
+    return (f'{number} {number} {number}\n' * len(landmarks) % tuple(landmarks.ravel().tolist())).encode('ascii')
+
+
+def write_obj(path: str | os.PathLike, mesh: ObjMesh) -> None:
+    """Write vertices, UVs and faces as an OBJ file with six decimals; `path` appears only when complete."""
+    with atomic_write(path) as file:
+        file.write(obj_vertices(mesh.vertices) + obj_surface(mesh.uvs, mesh.faces, mesh.uv_faces))
+
+
+def write_landmarks(path: str | os.PathLike, landmarks: np.ndarray) -> None:
+    """Write landmarks [68, 3] as lines of x y z in metres, eight decimals; `path` appears only when complete."""
+    with atomic_write(path) as file:
+        file.write(landmark_lines(landmarks, '%.8f'))
 
 
 def stack_mesh(vertices: np.ndarray, landmarks: np.ndarray) -> np.ndarray:

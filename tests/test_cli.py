@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all command lines share, and make_demo_network.py: option types, one-line errors, networks, meshes, outputs."""
+"""What all command lines share: option types, one-line errors, networks, meshes, outputs."""
 
 import dataclasses
-import os
 import pickle
 import re
-import resource
-import subprocess
-import sys
 import urllib.error
 
 import click
+import demo_network
 import numpy as np
 import parity
 import pytest
@@ -19,7 +16,6 @@ from click.testing import CliRunner
 
 import cli
 import legacy
-import make_demo_network
 from dnnlib.util import DownloadError
 from geometry.meshes import MeshFileError
 from training.checkpoint import save_snapshot
@@ -29,7 +25,6 @@ from training.generator import EG3DGenerator, Next3DGenerator
 from training.pictures import to_uint8
 from training.volume.render import SamplingConfig
 
-DEMO = parity.ROOT / 'data' / 'demo'
 CPU = torch.device('cpu')
 
 
@@ -221,7 +216,7 @@ def networks():
     )
     torch.manual_seed(0)
     sides = dict(plane_resolution=16, texture_resolution=16, mouth_resolution=8, blending_lowest=8)
-    head = dataclasses.replace(make_demo_network.CONFIG, **small, **sides, plane_channels=4)
+    head = dataclasses.replace(demo_network.CONFIG, **small, **sides, plane_channels=4)
     faces = np.array([[0, 1, 2], [0, 2, 3]])
     return {
         'first': EG3DGenerator(config),
@@ -347,73 +342,3 @@ def test_errors_of_writing_name_the_file(tmp_path):
         write(tmp_path)
     with pytest.raises(KeyError):
         write(tmp_path / 'new', KeyError('bug'))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# make_demo_network.py
-
-
-def make(*arguments):
-    return CliRunner().invoke(make_demo_network.main, arguments)
-
-
-@pytest.fixture
-def small_demo(monkeypatch):
-    """Let the script make a network of fewer channels."""
-    config = dataclasses.replace(make_demo_network.CONFIG, channel_base=256, channel_max=8)
-    monkeypatch.setattr(make_demo_network, 'CONFIG', config)
-    monkeypatch.chdir(parity.ROOT)
-
-
-def test_demo_network_loads_with_the_demo_head_and_depends_on_the_seed_alone(small_demo, tmp_path):
-    before = torch.get_rng_state()
-    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
-        result = make('--out', str(tmp_path / name), f'--seed={seed}')
-        assert result.exit_code == 0 and result.stderr == '', result.output
-        torch.rand(1)  # Other draws in between must not matter.
-    a, b, c = ((tmp_path / name).read_bytes() for name in 'abc')
-    assert a == b != c
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b', 'c']
-    torch.set_rng_state(before)
-    make('--out', str(tmp_path / 'a'), '--seed=3')
-    assert torch.equal(torch.get_rng_state(), before)
-    generator = cli.load_generator(str(tmp_path / 'a'), CPU)
-    v = cli.load_mesh(generator, str(DEMO / 'demo.obj'), str(DEMO / 'demo_kpt2d.txt'), CPU)
-    assert v.shape == (1, 5258 + 68, 3) and list(legacy.load_network_pkl(tmp_path / 'a')) == ['G_ema']
-
-
-@pytest.mark.parametrize(
-    'words, mentioned',
-    [
-        ([], '--out'),
-        (['--out='], '--out'),
-        (['--out={folder}'], '{folder}'),
-        (['--out={folder}/none/net.pkl'], '{folder}/none/net.pkl'),
-        (['--out={folder}/net.pkl', '--seed=-1'], '--seed'),
-        (['--out={folder}/net.pkl', f'--seed={2**32}'], '--seed'),
-        (['--out={folder}/net.pkl', '--topology_path=nowhere.obj'], 'nowhere.obj'),
-        (['--out={folder}/net.pkl', '--topology-path={folder}'], '{folder}'),
-        (['--out={folder}/net.pkl', '--topology_path=data/demo/demo_kpt2d.txt'], 'demo_kpt2d.txt'),
-    ],
-)
-def test_bad_input_of_the_demo_network(small_demo, tmp_path, words, mentioned):
-    result = make(*(word.format(folder=tmp_path) for word in words))
-    assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), repr(result.exception)
-    assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1
-    assert mentioned.format(folder=tmp_path) in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_disk_full_leaves_the_old_network(tmp_path):
-    (tmp_path / 'net.pkl').write_text('from before')
-    process = subprocess.run(
-        [sys.executable, str(parity.ROOT / 'make_demo_network.py'), f'--out={tmp_path / "net.pkl"}'],
-        cwd=parity.ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert process.returncode == 1
-    assert process.stderr == f'Error: {tmp_path / "net.pkl"}: cannot be written: File too large\n'
-    assert [p.name for p in tmp_path.iterdir()] == ['net.pkl'] and (tmp_path / 'net.pkl').read_text() == 'from before'

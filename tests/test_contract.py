@@ -12,8 +12,7 @@ from click.testing import CliRunner
 from parity import ROOT
 
 SCRIPTS = [
-    'convert_network', 'gen_samples', 'gen_sheets', 'gen_videos_next3d', 'make_demo_network', 'reenact_avatar_next3d',
-    'train_next3d',
+    'convert_network', 'gen_samples', 'gen_sheets', 'gen_videos_next3d', 'reenact_avatar_next3d', 'train_next3d',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
     'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
     'dataset_preprocessing.ffhq.detect', 'dataset_preprocessing.ffhq.crop', 'dataset_preprocessing.ffhq.fit_cameras',
@@ -99,6 +98,9 @@ def test_help_is_what_docs_say(script):
 def readme_commands():
     text = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
     makefile = (ROOT / 'Makefile').read_text().replace('\\\n', ' ').replace('$(RUN)', 'python')
+    # Later variables are made of earlier ones.
+    for name, value in reversed(re.findall(r'^(\w+) [:?]?= (.*)$', makefile, re.MULTILINE)):
+        makefile = makefile.replace(f'$({name})', value)
     for line in (text + makefile).splitlines():
         match = re.match(r'\s+python ([\w/]+)\.py ?(.*)', line)
         if match and '--help' not in match[2]:
@@ -112,16 +114,9 @@ def test_commands_in_readme_and_makefile_parse():
         importlib.import_module(script).main.make_context(script, shlex.split(arguments))
 
 
-def test_python_code_in_the_readme_runs(tmp_path):
-    import make_demo_network
-
-    result = CliRunner().invoke(
-        make_demo_network.main,
-        [f'--out={tmp_path}/net.pkl', f'--topology_path={ROOT}/data/demo/head_template.obj'],
-    )
-    assert result.exit_code == 0, result.output
+def test_python_code_in_the_readme_runs():
     code = '\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL))
-    code = code.replace('demo-out/demo_network.pkl', f'{tmp_path}/net.pkl').replace('data/demo', f'{ROOT}/data/demo')
+    code = code.replace("'data/demo", f"'{ROOT}/data/demo")
     names = {}
     exec(code, names)
     assert names['image'].shape == (1, 3, 256, 256)

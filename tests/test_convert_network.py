@@ -2,6 +2,9 @@
 """convert_network.py: the same networks in a file of plain data, of fewer bytes where asked, or one line."""
 
 import dataclasses
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from training.train_config import make_config
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
     config = make_config('toy', '', '')
-    topology = load_topology(ROOT / 'data/demo/head_template.obj', config.generator.texture_resolution)
+    topology = load_topology(ROOT / 'tests/data/simple_head/head_template.obj', config.generator.texture_resolution)
     path = tmp_path_factory.mktemp('source') / 'both.pkl'
     generator = Next3DGenerator(config.generator, *topology)
     save_snapshot(path, {'G_ema': generator, 'D': Discriminator(config.discriminator)})
@@ -65,3 +68,16 @@ def test_bad_calls_are_one_line_and_leave_nothing(source, tmp_path):
         result = run(*arguments, f'--dest={dest}')
         assert result.exit_code != 0 and words in result.output and result.output.count('\n') == 1, result.output
         assert not dest.exists()
+
+
+def test_disk_full_leaves_the_old_file(source, tmp_path):
+    (tmp_path / 'net.pkl').write_text('from before')
+    process = subprocess.run(
+        [sys.executable, '-B', str(ROOT / 'convert_network.py'), f'--source={source}', f'--dest={tmp_path}/net.pkl'],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert process.returncode == 1
+    assert process.stderr == f'Error: {tmp_path / "net.pkl"}: cannot be written: File too large\n'
+    assert [p.name for p in tmp_path.iterdir()] == ['net.pkl'] and (tmp_path / 'net.pkl').read_text() == 'from before'

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from simple_head import simple_head
 
 from dataset_preprocessing import pack
 from geometry import cameras
 from geometry.meshes import MeshFileError
 from geometry.mirror import LANDMARK_MIRROR, mirror_label, mirror_mesh, vertex_mirror
-from geometry.simple_head import simple_head
 from training import dataset as dataset_module
 from training.dataset import (
     DatasetError,

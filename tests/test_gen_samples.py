@@ -14,6 +14,7 @@ import sys
 import warnings
 from types import SimpleNamespace
 
+import demo_network
 import mrcfile
 import numpy as np
 import parity
@@ -25,7 +26,6 @@ from PIL import Image
 from scipy import ndimage
 
 import gen_samples
-import make_demo_network
 from geometry import cameras
 from training.checkpoint import save_snapshot
 from training.config import EG3D_PLANE_AXES, DiscriminatorConfig, EG3DConfig
@@ -34,7 +34,7 @@ from training.generator import EG3DGenerator, Next3DGenerator
 from training.topology import load_topology
 from training.volume.render import SamplingConfig
 
-DEMO = parity.ROOT / 'data' / 'demo'
+DEMO = parity.ROOT / 'tests' / 'data' / 'simple_head'
 OBJ, LMS = DEMO / 'demo.obj', DEMO / 'demo_kpt2d.txt'
 FOCAL = 4.2647
 STRIP = ((0.4, -0.2), (0.0, -0.2), (-0.4, -0.2))
@@ -59,10 +59,10 @@ def mesh():
 @pytest.fixture(scope='module')
 def demo(tmp_path_factory, mesh):
     """A small Next3D snapshot whose density crosses the level of surfaces, with pictures that are not grey."""
-    sampling = dataclasses.replace(make_demo_network.CONFIG.sampling, num_depths=8, num_importance=8)
+    sampling = dataclasses.replace(demo_network.CONFIG.sampling, num_depths=8, num_importance=8)
     sides = dict(plane_resolution=64, texture_resolution=64, mouth_resolution=16, blending_lowest=16)
     config = dataclasses.replace(
-        make_demo_network.CONFIG, neural_rendering_resolution=RAW_SIDE, sampling=sampling, **sides
+        demo_network.CONFIG, neural_rendering_resolution=RAW_SIDE, sampling=sampling, **sides
     )
     torch.manual_seed(5)
     generator = Next3DGenerator(config, *load_topology(DEMO / 'head_template.obj', config.texture_resolution))
@@ -430,11 +430,9 @@ def test_vertex_colours_are_those_of_the_field(demo, surfaces):
         assert colours[:, :3].std(axis=0).min() > 5
 
 
-def test_the_demo_networks_surface_lies_where_the_head_does(mesh, tmp_path):
-    """From the two scripts' files alone: as wide and high as the mesh in the world, right way up, nose to the front."""
-    template = f'--topology_path={DEMO / "head_template.obj"}'
-    result = CliRunner().invoke(make_demo_network.main, [f'--out={tmp_path / "net.pkl"}', template])
-    assert result.exit_code == 0, result.output
+def test_an_untrained_networks_surface_lies_where_the_head_does(mesh, tmp_path):
+    """From the script's files alone: as wide and high as the mesh in the world, right way up, nose to the front."""
+    save_snapshot(tmp_path / 'net.pkl', {'G_ema': demo_network.untrained(DEMO / 'head_template.obj')})
     resolution = 40
     options = dict(shapes='true', shape_res=resolution, shape_format='.glb', obj_path=DEMO / 'demo.obj')
     run(SimpleNamespace(path=tmp_path / 'net.pkl'), tmp_path / 'out', **options)

@@ -24,7 +24,7 @@ from training.generator import Next3DGenerator
 from training.inference import Synthesizer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-DEMO = parity.ROOT / 'data' / 'demo'
+DEMO = parity.ROOT / 'tests' / 'data' / 'simple_head'
 MESH = [f'--obj_path={DEMO}/demo.obj', f'--lms_path={DEMO}/demo_kpt2d.txt', '--device=cpu']
 
 

@@ -11,9 +11,9 @@ import helpers
 import pytest
 import torch
 from helpers import HEAD
+from simple_head import DEMO_HEAD, simple_head, uv_face_mask
 
 from geometry import cameras
-from geometry.simple_head import DEMO_HEAD, simple_head, uv_face_mask
 from training.config import EG3DConfig, MappingConfig, Next3DConfig
 from training.generator import Decoder, EG3DGenerator, Next3DGenerator
 from training.volume.render import SamplingConfig

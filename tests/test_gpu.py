@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 
+import demo_network
 import numpy as np
 import parity
 import pytest
@@ -11,7 +12,6 @@ import torch
 from click.testing import CliRunner
 
 import gen_samples
-import make_demo_network
 from geometry import cameras, meshes, shapes
 from training.checkpoint import save_snapshot
 from training.config import DiscriminatorConfig
@@ -20,7 +20,7 @@ from training.generator import Next3DGenerator
 from training.topology import load_topology
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures('exact_float32')]
-DEMO = parity.ROOT / 'data' / 'demo'
+DEMO = parity.ROOT / 'tests' / 'data' / 'simple_head'
 
 
 @pytest.fixture(scope='module')
@@ -29,12 +29,12 @@ def demo_inputs():
     mesh = meshes.read_obj(DEMO / 'demo.obj')
     v = torch.from_numpy(meshes.stack_mesh(mesh.vertices, meshes.read_landmarks(DEMO / 'demo_kpt2d.txt')))
     c = cameras.make_label(cameras.look_at_pose(1.2, 1.5), cameras.intrinsics())
-    return torch.randn(2, make_demo_network.CONFIG.z_dim), c.repeat(2, 1), v.repeat(2, 1, 1)
+    return torch.randn(2, demo_network.CONFIG.z_dim), c.repeat(2, 1), v.repeat(2, 1, 1)
 
 
 def demo_generator(**changes):
     torch.manual_seed(0)
-    config = dataclasses.replace(make_demo_network.CONFIG, **changes)
+    config = dataclasses.replace(demo_network.CONFIG, **changes)
     topology = load_topology(DEMO / 'head_template.obj', config.texture_resolution)
     return Next3DGenerator(config, *topology).eval().requires_grad_(False)
 

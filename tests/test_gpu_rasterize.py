@@ -53,8 +53,8 @@ def check(positions, faces, resolution):
 
 
 def head_views(batch=1):
-    """Screen positions [batch * 4, V, 3] of the demo head, turned a bit in each item of the batch, and its faces."""
-    mesh = read_obj(ROOT / 'data' / 'demo' / 'demo.obj')
+    """Screen positions [batch * 4, V, 3] of the simple head, turned a bit in each item of the batch, and its faces."""
+    mesh = read_obj(ROOT / 'tests' / 'data' / 'simple_head' / 'demo.obj')
     vertices = torch.as_tensor(mesh.vertices, dtype=torch.float32)
     turned = [vertices + 0.02 * i * vertices.roll(1, dims=1) for i in range(batch)]
     config = Next3DConfig()

@@ -11,6 +11,7 @@ import torch
 import toy_data
 from click.testing import CliRunner
 from parity import ROOT
+from simple_head import TEMPLATE
 
 import train_next3d
 from torch_utils.distributed import Ranks
@@ -21,6 +22,7 @@ from training.train_config import make_config
 sys.path.append(str(ROOT / 'benchmarks'))
 
 import bm_training  # noqa: E402  (needs the path above)
+
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +36,7 @@ def toy_heads(tmp_path_factory):
 
 def train_toy(root, outdir, *more):
     places = [f'--data={root}/images128x128', f'--rdata={root}/meshes128x128', f'--outdir={outdir}']
-    options = ['--cfg=toy', '--device=cuda', '--workers=1', f'--topology_path={ROOT}/data/demo/head_template.obj']
+    options = ['--cfg=toy', '--device=cuda', '--workers=1', f'--topology_path={TEMPLATE}']
     result = CliRunner().invoke(train_next3d.main, [*places, *options, *more])
     assert result.exit_code == 0, result.output
     return result.output
@@ -61,7 +63,7 @@ def test_training_goes_on_in_the_middle_of_a_tick(toy_heads, tmp_path):
 
 def test_r1_is_no_slower_than_ten_generator_phases():
     """Torch's own second gradient of depthwise convolutions was twenty times slower than that."""
-    config = make_config('demo', '', '', batch=8, topology_path=str(ROOT / 'data/demo/head_template.obj'))
+    config = make_config('demo', '', '', batch=8, topology_path=str(TEMPLATE))
     ranks = Ranks(0, 1, 'cuda')
     medians = bm_training.measure(config, ranks, iterations=17)['median_ms']
     assert medians['Dreg'] < 10 * medians['Gmain'], medians
@@ -74,7 +76,7 @@ def test_graphs_train_as_single_launches_do(batch, batch_gpu):
     for nographs in (True, False):
         config = make_config(
             'demo', '', '', batch=batch, batch_gpu=batch_gpu, nographs=nographs, gen_pose_cond=True, blur_fade_kimg=0.2,
-            gpc_reg_fade_kimg=0.05, topology_path=str(ROOT / 'data/demo/head_template.obj'), style_mixing_prob=0.5,
+            gpc_reg_fade_kimg=0.05, topology_path=str(TEMPLATE), style_mixing_prob=0.5,
         )
         trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
         for iteration in range(6):
@@ -97,7 +99,7 @@ def test_graphs_train_as_single_launches_do(batch, batch_gpu):
 
 
 def test_a_step_never_waits_for_the_device():
-    config = make_config('demo', '', '', batch=4, topology_path=str(ROOT / 'data/demo/head_template.obj'))
+    config = make_config('demo', '', '', batch=4, topology_path=str(TEMPLATE))
     for graphs in (False, True):
         config = dataclasses.replace(config, graphs=graphs)
         trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
@@ -124,7 +126,7 @@ def test_precision_changes_the_losses_little(precision):
     for name in ('fp32', precision):
         config = make_config(
             'demo', '', '', batch=4, precision=name, glr=1e-9, dlr=1e-9,
-            topology_path=str(ROOT / 'data/demo/head_template.obj'),
+            topology_path=str(TEMPLATE),
         )
         trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
         trainer.step(bm_training.random_data(trainer, 0))
@@ -136,7 +138,7 @@ def test_precision_changes_the_losses_little(precision):
 
 def test_what_cannot_be_captured_is_launched(caplog):
     """A loss that reads a number from the device: one warning, and the numbers of a run without graphs."""
-    config = make_config('demo', '', '', batch=8, batch_gpu=4, topology_path=str(ROOT / 'data/demo/head_template.obj'))
+    config = make_config('demo', '', '', batch=8, batch_gpu=4, topology_path=str(TEMPLATE))
     means = []
     for graphs in (False, True):
         config = dataclasses.replace(config, graphs=graphs)

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
+from simple_head import DEMO_HEAD, simple_head, uv_face_mask
 from torch.nn.functional import grid_sample
 
-from geometry.simple_head import DEMO_HEAD, simple_head, uv_face_mask
 from torch_utils.ops.rasterize import interpolate, rasterize
 from training import head_raster
 from training.config import NEXT3D_PLANE_AXES, Next3DConfig

@@ -3,7 +3,7 @@
 
 import math
 
-import make_demo_network
+import demo_network
 import parity
 import pytest
 import torch
@@ -20,7 +20,7 @@ from training.topology import load_topology
 
 pytestmark = pytest.mark.usefixtures('exact_float32')
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-DEMO = parity.ROOT / 'data' / 'demo'
+DEMO = parity.ROOT / 'tests' / 'data' / 'simple_head'
 POSES = torch.cat([cameras.look_at_pose(yaw, 1.5) for yaw in (1.2, 1.5, 1.9)])
 LABELS = cameras.make_label(POSES, cameras.intrinsics())
 
@@ -165,7 +165,7 @@ def psnr(actual, expected):
 @pytest.fixture(scope='module')
 def demo():
     torch.manual_seed(0)
-    config = make_demo_network.CONFIG
+    config = demo_network.CONFIG
     topology = load_topology(DEMO / 'head_template.obj', config.texture_resolution)
     generator = Next3DGenerator(config, *topology).eval().requires_grad_(False).cuda()
     v = stack_mesh(read_obj(DEMO / 'demo.obj').vertices, read_landmarks(DEMO / 'demo_kpt2d.txt'))

@@ -6,9 +6,9 @@ import functools
 import pytest
 import torch
 from helpers import HEAD, TINY
+from simple_head import DEMO_HEAD, simple_head, uv_face_mask
 
 from geometry import cameras
-from geometry.simple_head import DEMO_HEAD, simple_head, uv_face_mask
 from training.config import DiscriminatorConfig, MappingConfig, Next3DConfig
 from training.discriminator import Discriminator
 from training.generator import Next3DGenerator

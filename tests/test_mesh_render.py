@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import toy_data
+from simple_head import simple_head
 
 from geometry import cameras
 from geometry.head_model import load_embedded_head
 from geometry.mirror import mirror_label
-from geometry.simple_head import simple_head
 from training.dataset import FolderSource, HeadDataset
 from training.mesh_render import RENDER_COLOURS, MeshRenderer
 

@@ -4,12 +4,13 @@
 import numpy as np
 import parity
 import pytest
+from simple_head import DEMO_HEAD, simple_head
 
-from geometry import meshes, simple_head
+from geometry import meshes
 from geometry.meshes import MeshFileError, read_landmarks, read_obj
 
 TRIANGLE = 'v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\n'
-DEMO = parity.ROOT / 'data' / 'demo'
+DEMO = parity.ROOT / 'tests' / 'data' / 'simple_head'
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def write(tmp_path):
 
 
 def test_the_demo_files_hold_the_generated_head():
-    mesh, head = read_obj(DEMO / 'demo.obj'), simple_head.simple_head(**simple_head.DEMO_HEAD)
+    mesh, head = read_obj(DEMO / 'demo.obj'), simple_head(**DEMO_HEAD)
     assert np.array_equal(mesh.vertices, head.vertices)
     assert np.array_equal(mesh.uvs, head.uvs)
     assert np.array_equal(mesh.faces, head.faces) and np.array_equal(mesh.uv_faces, head.uv_faces)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from parity import ROOT
+from simple_head import TEMPLATE
 
 from torch_utils.distributed import Ranks
 from torch_utils.training_stats import Collector
@@ -20,6 +21,7 @@ from training.trainer import Trainer, new_networks
 sys.path.append(str(ROOT / 'benchmarks'))
 
 import bm_training  # noqa: E402  (needs the path above)
+
 
 
 class Replay:
@@ -64,7 +66,7 @@ def trained(batch, graphs, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
     config = make_config(
         'toy', '', '', batch=batch, batch_gpu=4, device='cpu', gen_pose_cond=True, blur_fade_kimg=0.3, freezed=2,
-        gpc_reg_fade_kimg=0.05, style_mixing_prob=0.5, topology_path=str(ROOT / 'data/demo/head_template.obj'),
+        gpc_reg_fade_kimg=0.05, style_mixing_prob=0.5, topology_path=str(TEMPLATE),
     )
     trainer = Trainer(config, new_networks(config), Ranks(0, 1, 'cpu'), Collector())
     trainer._graphs = graphs

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generated head: closed, symmetric, cleanly unwrapped, landmarks on its surface, files equal to the kept ones."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,10 @@ import pytest
 import trimesh
 from PIL import Image
 
-from geometry import simple_head as module
-from geometry.simple_head import DEMO_HEAD, LANDMARK_MIRROR, SimpleHead, main, simple_head, uv_face_mask
+import simple_head as module
+from simple_head import DEMO_HEAD, LANDMARK_MIRROR, SimpleHead, simple_head, uv_face_mask, write_demo_files
 
-DATA = Path(__file__).resolve().parents[1] / 'data'
-DEMO = DATA / 'demo'
+DEMO = Path(__file__).resolve().parent / 'data' / 'simple_head'
 TEXT_FILES = ('demo.obj', 'head_template.obj', 'demo_kpt2d.txt')
 FILES = (*TEXT_FILES, 'uv_face_mask.png')
 MIRROR_X = np.array([-1, 1, 1], np.float32)
@@ -192,10 +190,10 @@ def test_mask_is_opaque_in_front_and_clear_behind(neutral):
 
 
 def test_files_regenerate_byte_for_byte(tmp_path):
-    main(['--out', str(tmp_path / 'first' / 'demo')])
+    write_demo_files(tmp_path / 'first' / 'demo')
     module._neutral_grid.cache_clear()
     module._topology.cache_clear()
-    main(['--out', str(tmp_path / 'second')])
+    write_demo_files(tmp_path / 'second')
     first, second = tmp_path / 'first' / 'demo', tmp_path / 'second'
     assert sorted(path.name for path in second.iterdir()) == sorted(FILES)
     for name in FILES:
@@ -220,11 +218,3 @@ def test_landmark_file_holds_the_demo_landmarks(neutral):
     assert landmarks.shape == (68, 3)
     assert abs(landmarks - simple_head(**DEMO_HEAD).landmarks).max() < 1e-8
     assert np.linalg.norm(landmarks - neutral.landmarks, axis=1).max() > 0.005  # Visibly another face.
-
-
-def test_files_are_small_and_listed():
-    readme = (DATA / 'README.md').read_text(encoding='utf-8')
-    for name in FILES:
-        content = (DEMO / name).read_bytes()
-        assert len(content) < 1_000_000
-        assert name in readme and hashlib.sha256(content).hexdigest() in readme, name

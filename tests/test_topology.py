@@ -12,7 +12,7 @@ from PIL import Image
 from geometry.meshes import MeshFileError, read_obj
 from training.topology import load_topology
 
-DEMO = parity.ROOT / 'data' / 'demo'
+DEMO = parity.ROOT / 'tests' / 'data' / 'simple_head'
 TEMPLATE = DEMO / 'head_template.obj'
 
 

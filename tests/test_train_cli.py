@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from parity import ROOT
 from PIL import Image
+from simple_head import TEMPLATE
 from toy_data import make_toy_data
 
 import legacy
@@ -32,14 +33,13 @@ PUBLISHED = (
     '--batch=32 --gamma=4 --topology_path=data/demo/head_template.obj --gen_pose_cond=True --gen_exp_cond=True '
     '--disc_c_noise=1 --load_lms=True --model_version=next3d --resume pretrained_models/ffhqrebalanced512-64.pkl'
 )
-TEMPLATE = ROOT / 'data' / 'demo' / 'head_template.obj'
 NUM_VERTICES = sum(line.startswith('v ') for line in TEMPLATE.read_text().splitlines())
 BUILD_DIR = str(custom_ops._build_root())  # Of compiled operations, before tests move the cache.
 ITEMS = 2
 # Two iterations of two small pictures.
 SHORT = (
     '--device=cpu', '--workers=0', '--batch=2', '--kimg=0.004', '--tick=0.002', '--snap=2',
-    '--neural_rendering_resolution_initial=8',
+    '--neural_rendering_resolution_initial=8', f'--topology_path={TEMPLATE}',
 )
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -468,7 +468,7 @@ def train(outdir, data, *words):
 def first_run(data, checked, tmp_path_factory):
     """Folder of a finished toy run, and what it said."""
     outdir = tmp_path_factory.mktemp('first')
-    return outdir / '00000-toy-8-batch2-gamma1', train(outdir, data, f'--topology_path={TEMPLATE}')
+    return outdir / '00000-toy-8-batch2-gamma1', train(outdir, data)
 
 
 def test_a_run_writes_what_it_promises(first_run, data):
@@ -482,7 +482,7 @@ def test_a_run_writes_what_it_promises(first_run, data):
     networks = legacy.load_network_pkl(str(folder / 'network-snapshot-000000.pkl'))
     assert set(networks) >= {'G_ema', 'G', 'D'} and networks['G_ema'].z_dim == 16
     config = load_config(folder)
-    words = (*places(data), f'--topology_path={TEMPLATE}', *SHORT)
+    words = (*places(data), *SHORT)
     assert dataclasses.replace(dry_run('--cfg=toy', *words), outdir=config.outdir) == config
     lines = [json.loads(line) for line in (folder / 'stats.jsonl').read_text().splitlines()]
     assert len(lines) == 2 and 'Loss/D/loss' in lines[-1]

@@ -4,11 +4,11 @@
 import copy
 import dataclasses
 import math
-import pathlib
 import threading
 
 import pytest
 import torch
+from simple_head import TEMPLATE
 from toy_data import make_toy_data
 
 from torch_utils.distributed import Ranks
@@ -23,7 +23,6 @@ from training.state import load_newest, save_state
 from training.train_config import make_config
 from training.trainer import ADA_INTERVAL, LARGEST_GRADIENT, Trainer, layers_to_freeze, new_networks
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 LATE = 320  # An iteration in which all phases run, and whose average remembers.
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -36,7 +35,7 @@ def data(tmp_path_factory):
 
 
 def toy_config(changes=None, **given):
-    settings = dict(device='cpu', topology_path=str(ROOT / 'data/demo/head_template.obj'), batch_gpu=4, seed=4)
+    settings = dict(device='cpu', topology_path=str(TEMPLATE), batch_gpu=4, seed=4)
     return dataclasses.replace(make_config('toy', '', '', **{**settings, **given}), **(changes or {}))
 
 

@@ -22,6 +22,7 @@ import torch
 from click.testing import CliRunner
 from helpers import assert_same
 from parity import ROOT
+from simple_head import TEMPLATE
 
 import legacy
 from dataset_preprocessing import pack
@@ -52,7 +53,7 @@ def command(data, outdir, *more):
     options = [
         '--cfg=toy', f'--data={data}', f'--outdir={outdir}', '--device=cpu', '--workers=1', '--batch-gpu=2',
         f'--kimg={ITERATIONS * BATCH / 1000}', '--tick=0.004', f'--snap={NEVER}', '--save-minutes=0.00001',
-        '--dist-timeout=30', *more,
+        '--dist-timeout=30', f'--topology-path={TEMPLATE}', *more,
     ]
     return [sys.executable, str(ROOT / 'train_next3d.py'), *options]
 
@@ -246,8 +247,8 @@ def test_older_states_survive_a_full_disk(data, tmp_path):
 
 def config_for(data, outdir, **more):
     settings = dict(device='cpu', workers=0, batch_gpu=4, kimg=ITERATIONS * BATCH / 1000, snap=NEVER, save_minutes=0.0)
-    config = make_config('toy', str(outdir), str(data), **settings)
-    return dataclasses.replace(config, **{'topology_path': str(ROOT / config.topology_path), **more})
+    config = make_config('toy', str(outdir), str(data), topology_path=str(TEMPLATE), **settings)
+    return dataclasses.replace(config, **more)
 
 
 def test_losses_that_are_not_finite_stop_the_run(data, tmp_path, monkeypatch, one_thread):

@@ -11,9 +11,9 @@ import parity
 import pytest
 import torch
 from helpers import HEAD, TINY
+from simple_head import simple_head, uv_face_mask
 
 import legacy
-from geometry.simple_head import simple_head, uv_face_mask
 from training.config import DiscriminatorConfig, EG3DConfig, MappingConfig, Next3DConfig
 from training.discriminator import Discriminator
 from training.generator import EG3DGenerator, Next3DGenerator

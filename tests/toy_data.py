@@ -9,10 +9,7 @@ import pathlib
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import avg_pool2d
-
-from geometry import cameras
-from geometry.simple_head import (
+from simple_head import (
     EYE_WIDTH,
     EYE_X,
     EYE_Y,
@@ -24,6 +21,9 @@ from geometry.simple_head import (
     SimpleHead,
     simple_head,
 )
+from torch.nn.functional import avg_pool2d
+
+from geometry import cameras
 from training.mesh_render import MeshRenderer
 
 YAW_STD, PITCH_STD = 0.3, 0.155  # Radians, as in FFHQ.
@@ -41,7 +41,7 @@ LIP_HEIGHT, IRIS_RADIUS, EYE_HEIGHT = 0.0130, 0.0055, 0.0055
 def make_toy_data(root: pathlib.Path, count: int, resolution: int = 128, seed: int = 0, workers: int = 1) -> None:
     """Write `count` items of random shape, expression, colours and camera into images, meshes and lms folders of root.
 
-    Item i depends on seed and i alone. The meshes' topology is that of `geometry.simple_head`.
+    Item i depends on seed and i alone. The meshes' topology is that of `simple_head`.
     """
     size = f'{resolution}x{resolution}'
     folders = {kind: pathlib.Path(root) / f'{kind}{size}' / '00000' for kind in ('images', 'meshes', 'lms')}

@@ -25,9 +25,8 @@ from dataset_preprocessing.synthetic import makehuman
 from dataset_preprocessing.synthetic.unwrap import lay_out, uv_mask
 from geometry.cameras import FOCAL
 from geometry.head_model import ARKIT_NAMES, FORMAT
-from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, ObjMesh, write_obj
 from geometry.mirror import LANDMARK_MIRROR
-from geometry.simple_head import SimpleHead, write_obj
 
 SEED, NUM_PEOPLE, NUM_COMPONENTS = 0, 3000, 100
 DECIMETRE = 0.1
@@ -549,7 +548,7 @@ def write_files(out: Path, arrays: dict[str, np.ndarray]) -> None:
             np.lib.format.write_array(buffer, np.asarray(array, order='C'), allow_pickle=False)
             # Without the time of writing, which np.savez would store.
             file.writestr(zipfile.ZipInfo(f'{name}.npy', EPOCH), buffer.getvalue(), zipfile.ZIP_DEFLATED, 9)
-    template = SimpleHead(arrays['mean'], arrays['faces'], arrays['uvs'], arrays['uv_faces'], np.zeros((68, 3)))
+    template = ObjMesh(arrays['mean'], arrays['uvs'], arrays['faces'], arrays['uv_faces'])
     write_obj(out / 'head_template.obj', template)
     Image.fromarray(face_mask(arrays)).save(out / 'uv_face_mask.png', optimize=True)
     readme = out / 'README.md'

@@ -19,6 +19,7 @@ from dataset_preprocessing.synthetic.anatomy import load_anatomy  # noqa: E402
 from dataset_preprocessing.synthetic.paint import picture  # noqa: E402
 from dataset_preprocessing.synthetic.people import camera_label, random_person  # noqa: E402
 from dnnlib import atomic_write  # noqa: E402
+from geometry.meshes import landmark_lines  # noqa: E402
 from training.dataset import LABEL_FILE  # noqa: E402
 
 MOTION_PART = 5  # Random numbers of the motion; 0 to 4 are those of a person's picture.
@@ -38,7 +39,7 @@ class ClipStore:
     def write(self, index: int, image: np.ndarray, vertices: np.ndarray, landmarks: np.ndarray) -> None:
         """Write a frame."""
         store.put(self.folder / f'{index:05d}.obj', store.obj_bytes(self.anatomy, vertices))
-        store.put(self.folder / f'{index:05d}_kpt2d.txt', store.landmark_bytes(landmarks))
+        store.put(self.folder / f'{index:05d}_kpt2d.txt', landmark_lines(landmarks))
         store.put(self.folder / f'{index:05d}.png', store.png(image))
 
 

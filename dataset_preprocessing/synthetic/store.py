@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dataset_preprocessing.synthetic.anatomy import Anatomy
 from dnnlib import atomic_write
 from geometry.head_model import DEFAULT_HEAD
-from geometry.meshes import NUM_LANDMARKS, obj_surface, obj_vertices
+from geometry.meshes import NUM_LANDMARKS, landmark_lines, obj_surface, obj_vertices
 from training.dataset import (
     LABEL_FILE,
     LABEL_LENGTH,
@@ -118,11 +118,6 @@ def obj_bytes(anatomy: Anatomy, vertices: np.ndarray) -> bytes:
     return obj_vertices(vertices) + _surface(anatomy)
 
 
-def landmark_bytes(landmarks: np.ndarray) -> bytes:
-    """Return landmarks [68, 3] as lines x y z in metres."""
-    return ('%.6f %.6f %.6f\n' * len(landmarks) % tuple(landmarks.ravel().tolist())).encode('ascii')
-
-
 @functools.lru_cache(maxsize=1)
 def _surface(anatomy):
     return obj_surface(anatomy.uvs, anatomy.faces, anatomy.uv_faces)
@@ -149,7 +144,7 @@ class FolderStore:
         """Write an item."""
         stem = os.path.splitext(picture_name(index))[0]
         put(self.folders['meshes'] / f'{stem}.obj', obj_bytes(self.anatomy, vertices))
-        put(self.folders['lms'] / f'{stem}.txt', landmark_bytes(landmarks))
+        put(self.folders['lms'] / f'{stem}.txt', landmark_lines(landmarks))
         put(self.folders['images'] / f'{stem}.png', png(image))
 
     def finish(self, labels: np.ndarray) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a small untrained network over the demo head, so that every script has something to run on."""
+"""A small untrained network over a head, whose random weights were arranged so that the head shows."""
 
-import click
+import os
+
 import torch
 
-import cli
-from training.checkpoint import save_snapshot
+from training.config import Next3DConfig
 from training.generator import Next3DGenerator
 from training.topology import load_topology
 from training.train_config import make_config
@@ -52,24 +52,11 @@ def show_the_head(generator: Next3DGenerator) -> None:
         block.torgb.weight.mul_(0.02)
 
 
-@click.command(cls=cli.Command)
-@cli.option('out', metavar='PATH', type=cli.PathText(), required=True, help='Snapshot to write (.pkl).')
-@cli.option('seed', metavar='N', type=click.IntRange(0, cli.MAX_SEED), default=0, show_default=True, help='Of weights.')
-@cli.option(
-    'topology_path', metavar='PATH', type=cli.PathText(), default='data/demo/head_template.obj', show_default=True,
-    help='UV-mapped template mesh; uv_face_mask.png beside it is used.',
-)
-def main(out, seed, topology_path):
-    """Initialise the network from a seed and save it as a snapshot with one entry, G_ema."""
+def untrained(topology_path: str | os.PathLike, seed: int = 0, config: Next3DConfig = CONFIG) -> Next3DGenerator:
+    """Return a generator over the head of an OBJ file, beside which its mask is, that shows the head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        generator = Next3DGenerator(CONFIG, *load_topology(topology_path, CONFIG.texture_resolution))
+        generator = Next3DGenerator(config, *load_topology(topology_path, config.texture_resolution))
     with torch.no_grad():
         show_the_head(generator)
-    with cli.naming(out):
-        save_snapshot(out, {'G_ema': generator.eval()})
-    click.echo(f'Wrote {out} ({sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M untrained parameters)')
-
-
-if __name__ == '__main__':
-    main()
+    return generator.eval()

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A generated, UV-mapped head with 68 iBUG landmarks: the demo mesh, free of any head model's licence."""
+"""A head that is a formula, UV-mapped, closed, with 68 iBUG landmarks; tests/data/simple_head holds its files."""
 
-import argparse
 import functools
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from geometry.meshes import obj_surface, obj_vertices
+from geometry.meshes import write_landmarks, write_obj
 
+TEMPLATE = Path(__file__).resolve().parent / 'data' / 'simple_head' / 'head_template.obj'
 # Metres, x to the image's right, y up, z to the viewer. Only x >= 0 is modelled; the other half is its mirror image.
 MOUTH_Y, MOUTH_X = -0.0500, 0.0263  # Height of the line between the lips; half width of the mouth.
 POCKET = 0.002  # Rows cast within this distance of MOUTH_Y fold inwards between the lips.
@@ -188,50 +187,20 @@ def uv_face_mask() -> np.ndarray:
     return np.rint(255 * _step(MASK_CLEAR_Z, MASK_OPAQUE_Z, z)).astype(np.uint8)
 
 
-def write_obj(path: Path, head: SimpleHead) -> None:
-    """Write vertices, UVs and faces as an OBJ file with six decimals; `path` appears only when complete."""
-    content = obj_vertices(head.vertices) + obj_surface(head.uvs, head.faces, head.uv_faces)
-    _write(path, lambda temporary: temporary.write_bytes(content))
-
-
-def write_landmarks(path: Path, landmarks: np.ndarray) -> None:
-    """Write landmarks [68, 3] as lines of x y z in metres; `path` appears only when complete."""
-    _write_text(path, [f'{x:.8f} {y:.8f} {z:.8f}' for x, y, z in landmarks])
-
-
 def write_demo_files(folder: Path) -> None:
     """Write demo.obj, demo_kpt2d.txt, head_template.obj and uv_face_mask.png into `folder`, made where missing."""
-    from PIL import Image  # Here, so that building a head needs numpy alone.
-
     folder.mkdir(parents=True, exist_ok=True)
     demo = simple_head(**DEMO_HEAD)
     write_obj(folder / 'head_template.obj', simple_head())
     write_obj(folder / 'demo.obj', demo)
     write_landmarks(folder / 'demo_kpt2d.txt', demo.landmarks)
     mask = Image.fromarray(uv_face_mask())
-    _write(folder / 'uv_face_mask.png', lambda path: mask.save(path, format='PNG', optimize=True))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: `python -m geometry.simple_head --out DIR`."""
-    parser = argparse.ArgumentParser(prog='python -m geometry.simple_head', description='Write the demo head.')
-    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for the four files')
-    write_demo_files(parser.parse_args(arguments).out)
+    mask.save(folder / 'uv_face_mask.png', optimize=True)
 
 
 def _check_range(name, value, low, high):
     if not low <= value <= high:
         raise ValueError(f'{name}: expected {low} to {high}, got {value}')
-
-
-def _write(path, save: Callable[[Path], None]):
-    temporary = path.with_name(path.name + '.tmp')
-    save(temporary)
-    os.replace(temporary, path)
-
-
-def _write_text(path, lines):
-    _write(path, lambda temporary: temporary.write_text('\n'.join(lines) + '\n', encoding='ascii', newline='\n'))
 
 
 def _step(start, end, x):
@@ -477,7 +446,3 @@ def _last_hit(triangles, origins, directions):
     weights = weights[np.arange(len(face)), face]
     weights = np.where(weights < 1e-9, 0, weights)  # A landmark of the midline must not lean on other vertices.
     return face, weights / weights.sum(-1, keepdims=True)
-
-
-if __name__ == '__main__':
-    main()
