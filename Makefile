@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(RUN) gen_samples.py $(AVATAR) $(HEAD) --seeds=$(SEEDS) --depth
 	$(RUN) gen_samples.py $(AVATAR) $(HEAD) --seeds=$(SHAPE_SEED) --shapes=true --shape-res=128
 	$(RUN) gen_samples.py $(AVATAR) $(HEAD) --seeds=$(SHAPE_SEED) --shapes=true --shape-res=128 --shape-format=.glb
-	$(RUN) reenact_avatar_next3d.py $(AVATAR) --lms_cond=True --seeds=$(SEEDS) --grid=3x1 --drive_root=data/demo/clip \
+	$(RUN) reenact_avatar_next3d.py $(AVATAR) --lms_cond=True --seeds=$(SEEDS) --grid=4x1 --drive_root=data/demo/clip \
 	  --fname=talking.mp4
 	@echo "Open in $(OUT): expressions.png and cameras.png, pictures with depth seed*.png, a talking clip talking.mp4,"
 	@echo "a surface seed*.glb (Blender or any glTF viewer), a density seed*.mrc (ChimeraX, surface level 10)"
