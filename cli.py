@@ -6,6 +6,9 @@ import math
 import os
 import pathlib
 import re
+import sys
+import traceback
+from collections.abc import Callable
 from typing import NamedTuple
 
 import click
@@ -15,6 +18,8 @@ import torch
 import legacy
 from dnnlib.util import DownloadError
 from geometry import meshes
+from metrics.subject import MetricError
+from torch_utils.distributed import LOST_STATUS, RankLostError, ToldElsewhereError
 from training.dataset import DatasetError
 from training.driving import Clip
 from training.generator import EG3DGenerator, Next3DGenerator
@@ -25,7 +30,10 @@ MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1_000_000  # A slip such as 0-4294967295 must not fill the memory.
 MAX_GRID = 100  # Cells to a side of a video.
 MAX_FLOAT = torch.finfo(torch.float32).max
-USER_ERRORS = (legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError, VideoError)
+USER_ERRORS = (
+    legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError, VideoError, MetricError
+)  # fmt: skip
+USER_STATUS = 3  # Exit status of a process that has told the user what to mend.
 
 
 class Command(click.Command):
@@ -56,6 +64,32 @@ def describe(error: Exception) -> str:
         where = f'{error.filename}: ' if error.filename else ''
         return f'{where}{error.strerror or error}'
     return ' '.join(str(error).split())
+
+
+def run_rank(work: Callable[[], int], agreed: type[Exception] | tuple[type[Exception], ...]) -> None:
+    """Do the work of one of several processes, which returns an exit status; where that is not 0, end the process.
+
+    agreed: errors that all processes raise, and the first one tells.
+    """
+    status = 1
+    try:
+        status = work()
+    except ToldElsewhereError:
+        status = USER_STATUS
+    except (*USER_ERRORS, OSError) as error:
+        if int(os.environ['RANK']) == 0 or not isinstance(error, agreed):
+            click.echo(f'Error: {describe(error)}', err=True)
+        status = USER_STATUS
+    except RankLostError as error:
+        click.echo(f'Error: {error}', err=True)
+        status = LOST_STATUS
+    except Exception:  # A defect: shown here, since the launcher tells the exit status alone.
+        traceback.print_exc()
+    if status:
+        # Not sys.exit: an orderly end would wait for processes that may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _one_line(message, exit_code=1):

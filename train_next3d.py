@@ -5,20 +5,16 @@ import json
 import os
 import re
 import signal
-import sys
-import traceback
 
 import click
 import torch
 
 import cli
+import measure
 from geometry.meshes import MeshFileError
 from torch_utils.distributed import (
-    LOST_STATUS,
     SIGNAL_OFFSET,
-    RankLostError,
     RanksFailedError,
-    ToldElsewhereError,
     is_launched,
     joined,
     launch,
@@ -37,7 +33,7 @@ from training.topology import load_topology
 from training.train_config import AUGMENT_MODES, CAMERA_SETUPS, DEFAULTS, PRESETS, TrainConfig, make_config, preset_of
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
-USER_STATUS = 3  # Exit status of a process that has told the user what to mend.
+measure.register()
 
 
 class Number(cli.FiniteFloat):
@@ -130,9 +126,10 @@ def refused(name, reason):
 def check_metrics(_ctx, _param, value):
     """Split the list of metrics and refuse names that nothing registered."""
     names = [] if (value or 'none').lower() == 'none' else value.split(',')
-    unknown = [name for name in names if name not in evaluation.names()]
+    bases = [evaluation.split_name(name)[0] for name in names]
+    unknown = [name for name in bases if name not in evaluation.names()]
     if unknown:
-        known = ', '.join(evaluation.names()) or 'none so far'
+        known = ', '.join(evaluation.names())
         raise click.UsageError(f'--metrics: {", ".join(unknown)}: expected registered metrics ({known}).')
     return tuple(names)
 
@@ -185,7 +182,7 @@ OPTIONS = [
     cli.option('desc', metavar='TEXT', default=None, callback=check_desc,
                help='Ending of the name of the run directory.  [default: none]'),
     cli.option('metrics', metavar='LIST', default=None, callback=check_metrics,
-               help='Registered metrics to evaluate at snapshots.  [default: none]'),
+               help='Metrics to evaluate at snapshots (docs/metrics.md); NAME-N: with N pictures.  [default: none]'),
     cli.option('dry_run', '-n', is_flag=True, help='Print the resolved configuration as JSON and stop.'),
     # Data and conditioning.
     cli.option('cond', type=bool, default=True, expose_value=False, callback=check_cond, metavar='BOOL',
@@ -294,6 +291,7 @@ def main(ctx, dry_run, fresh, **options):
         click.echo(json.dumps(config.to_dict(), indent=1))
         return
     check_machine(config)
+    measure.expect_files([evaluation.split_name(name)[0] for name in config.metrics])
     if is_launched():
         run_rank(config.to_dict(), fresh)
     elif config.gpus == 1:
@@ -350,9 +348,9 @@ def start(ctx, config, fresh):
     try:
         launch(run_rank, (config.to_dict(), fresh), config.gpus)
     except RanksFailedError as error:
-        if error.status not in (USER_STATUS, *map(exit_status, STOP_SIGNALS)):
+        if error.status not in (cli.USER_STATUS, *map(exit_status, STOP_SIGNALS)):
             raise click.ClickException(f'{error}; the same command goes on from the newest state') from error
-        ctx.exit(1 if error.status == USER_STATUS else error.status)
+        ctx.exit(1 if error.status == cli.USER_STATUS else error.status)
 
 
 def exit_status(number):
@@ -363,26 +361,12 @@ def exit_status(number):
 def run_rank(config, fresh):
     """Train in one of several processes; where that fails, end it with a status that `start` knows."""
     config = TrainConfig.from_dict(config)
-    status = 1
-    try:
+
+    def work():
         with joined(config.device, config.timeout_s) as ranks:
-            status = exit_status(loop.train(config, ranks, fresh))
-    except ToldElsewhereError:
-        status = USER_STATUS
-    except (*cli.USER_ERRORS, OSError) as error:
-        if int(os.environ['RANK']) == 0 or not isinstance(error, RunError):  # All processes agree on RunErrors.
-            click.echo(f'Error: {cli.describe(error)}', err=True)
-        status = USER_STATUS
-    except RankLostError as error:
-        click.echo(f'Error: {error}', err=True)
-        status = LOST_STATUS
-    except Exception:  # A defect: shown here, since the launcher tells the exit status alone.
-        traceback.print_exc()
-    if status:
-        # Not sys.exit: an orderly end would wait for processes that may be gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+            return exit_status(loop.train(config, ranks, fresh))
+
+    cli.run_rank(work, RunError)  # All processes agree on these errors.
 
 
 if __name__ == '__main__':

@@ -112,7 +112,7 @@ def cache_path(url: str, cache_dir: str | os.PathLike | None = None) -> pathlib.
     address = urllib.parse.urldefrag(drive_download_url(url) or url).url
     tail = _readable_name(url)
     digest = hashlib.sha256(address.encode('utf-8')).hexdigest()[:32]
-    return _cache_root(cache_dir) / 'downloads' / (f'{digest}-{tail}' if tail else digest)
+    return cache_root(cache_dir) / 'downloads' / (f'{digest}-{tail}' if tail else digest)
 
 
 def _scheme(text: str | os.PathLike) -> str | None:
@@ -128,7 +128,8 @@ def _file_url_path(url: str) -> str:
     return urllib.request.url2pathname(parts.path)
 
 
-def _cache_root(cache_dir: str | os.PathLike | None) -> pathlib.Path:
+def cache_root(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """Return the cache folder; None: as in open_url."""
     chosen = cache_dir or os.environ.get('NEXT3D_CACHE_DIR')
     if chosen:
         return pathlib.Path(chosen).expanduser()

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from parity import ROOT
 
 SCRIPTS = [
-    'convert_network', 'gen_samples', 'gen_sheets', 'gen_videos_next3d', 'reenact_avatar_next3d', 'train_next3d',
+    'calc_metrics', 'convert_network', 'gen_samples', 'gen_sheets', 'gen_videos_next3d', 'reenact_avatar_next3d',
+    'train_next3d',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
     'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
+    'dataset_preprocessing.synthetic.train_estimator',
     'dataset_preprocessing.ffhq.detect', 'dataset_preprocessing.ffhq.crop', 'dataset_preprocessing.ffhq.fit_cameras',
     'dataset_preprocessing.ffhq.labels', 'dataset_preprocessing.ffhq.fit_meshes',
     'dataset_preprocessing.ffhq.check_files',
@@ -32,8 +34,10 @@ LAYERS = {
     'training': {'training', 'training/volume', 'geometry', 'torch_utils', 'dnnlib'},
     'training/loop': {'training', 'training/volume', 'legacy', 'geometry', 'torch_utils', 'dnnlib'},
     'legacy': {'training', 'training/volume', 'torch_utils', 'dnnlib'},
-    'cli': {'legacy', 'training', 'geometry', 'dnnlib'},
-    'dataset_preprocessing': {'cli', 'training', 'geometry', 'torch_utils', 'dnnlib'},
+    'metrics': {'geometry', 'torch_utils', 'dnnlib'},
+    'cli': {'legacy', 'training', 'metrics', 'geometry', 'torch_utils', 'dnnlib'},
+    'dataset_preprocessing': {'cli', 'training', 'metrics', 'geometry', 'torch_utils', 'dnnlib'},
+    'measure': {'dataset_preprocessing', 'training', 'metrics', 'geometry', 'torch_utils', 'dnnlib'},
 }
 
 

@@ -231,7 +231,10 @@ class Session:
         nimg, names = self.trainer.nimg, self.config.metrics
         missing = self.ranks.first_alone(lambda: [name for name in names if not self.reporter.has_metric(name, nimg)])
         for name in missing:
-            given = evaluation.Evaluation(self.trainer.networks.G_ema, self.data, self.ranks, nimg)
+            given = evaluation.Evaluation(
+                self.trainer.networks.G_ema, self.data, self.ranks, nimg, self.trainer.rendering_resolution,
+                self._snapshot_path(),
+            )
             results = evaluation.evaluate(name, given)
             if self.ranks.is_first:
                 self.reporter.metric(name, results, nimg, self._snapshot_path().name)

@@ -58,8 +58,12 @@ class Reporter:
         self._scalars(scalars, nimg)
 
     def metric(self, name: str, results: dict[str, Any], nimg: int, snapshot: str) -> None:
-        """Write one line of metric-NAME.jsonl and the numbers to TensorBoard."""
+        """Write one line of metric-NAME.jsonl and the numbers to TensorBoard; 'about': notes for the line alone."""
+        results = dict(results)
+        about = results.pop('about', {})
         line = {'metric': name, 'nimg': nimg, 'snapshot': snapshot, 'results': results, 'timestamp': time.time()}
+        line = {**about, **line}
+        results = {key: value for key, value in results.items() if value is not None}
         self._append(f'metric-{name}.jsonl', json.dumps(line))
         self.say(f'{name}: ' + ', '.join(f'{key} {value:.6g}' for key, value in results.items()))
         self._scalars({f'Metrics/{key}': value for key, value in results.items()}, nimg)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics by name: what each is in words, and measuring it into a line of results."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from metrics import avatar, distribution
+from metrics.subject import MetricError, Subject
+
+WORDS = {
+    'fid': 'Fréchet distance of features of generated and of real pictures (Heusel et al. 2017)',
+    'kid': 'kernel distance of features of generated and of real pictures (Binkowski et al. 2018)',
+    'pr': 'precision and recall by third neighbours among features of generated and real '
+          'pictures (Kynkäänniemi et al. 2019)',
+}  # fmt: skip
+THOUSANDS = (5, 10, 50)
+
+
+class Metric(NamedTuple):
+    """A metric: its definition in words, and what measures it.
+
+    count: how many pictures or latents in full. needs: 'inception', 'mobilenet', 'estimator' or None: the file it is
+    measured with. of_reals: whether a data set's own pictures can take the network's place. measure: (subject, count)
+    -> values, what they were made with.
+    """
+
+    definition: str
+    count: int
+    needs: str | None
+    of_reals: bool
+    measure: Callable[[Subject, int], tuple[dict[str, float], dict]]
+
+
+def _distributions():
+    for kind, words in WORDS.items():
+        for features in ('inception', 'mobilenet'):
+            for thousands in THOUSANDS:
+                ending = '' if features == 'inception' else f'_{features}'
+                count = 1000 * thousands
+                yield f'{kind}{thousands}k{ending}', Metric(
+                    f'{words}; {features} features'
+                    + ('' if features == 'inception' else ', not comparable with published numbers'),
+                    count, features, True, functools.partial(_distribution, kind, features),
+                )  # fmt: skip
+
+
+def _distribution(kind, features, subject, count):
+    return distribution.measure(subject, kind, features, count)
+
+
+def _words(function):
+    return ' '.join(function.__doc__.split())
+
+
+AVATAR = {
+    'aed': (avatar.driven, 10_000, 'estimator'), 'apd': (avatar.driven, 10_000, 'estimator'),
+    'id': (avatar.identity, 1000, 'estimator'), 'depth': (avatar.depth, 1024, None),
+    'reprojection': (avatar.reprojection, 1024, None), 'animation': (avatar.animation, 1024, None),
+}  # fmt: skip
+METRICS = dict(_distributions()) | {
+    name: Metric(_words(function), count, needs, function is avatar.driven, function)
+    for name, (function, count, needs) in AVATAR.items()
+}
+
+
+def expect_names(names: list[str]) -> None:
+    """Raise MetricError for names that are no metrics."""
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise MetricError(f'--metrics: expected some of {", ".join(METRICS)}, found {", ".join(unknown) or "none"}')
+
+
+def measure(names: list[str], subject: Subject) -> Iterator[dict[str, Any]]:
+    """Yield a line of results for each metric as it is found, in the order of names; JSON can hold it (None: NaN).
+
+    aed and apd are measured at once where both are asked for.
+    """
+    expect_names(names)
+    done = {}
+    for name in names:
+        metric = METRICS[name]
+        start = time.monotonic()
+        if metric.measure not in done:
+            done[metric.measure] = metric.measure(subject, metric.count)
+        values, about = done[metric.measure]
+        if metric.measure is avatar.driven:
+            values = {key: value for key, value in values.items() if key.startswith(name)}
+        else:
+            values = {_full(key, name): value for key, value in values.items()}
+        yield {
+            'metric': name,
+            'results': {key: value if math.isfinite(value) else None for key, value in values.items()},
+            'definition': metric.definition,
+            **about,
+            'seed': subject.seed,
+            'seconds': round(time.monotonic() - start, 3),
+        }  # fmt: skip
+
+
+def _full(key, name):
+    """Name values of distributions by their metric: 'kid_se' of kid5k_mobilenet -> 'kid5k_mobilenet_se'."""
+    kind = key.removesuffix('_se')
+    if kind in ('fid', 'kid'):
+        return key.replace(kind, name, 1)
+    return f'{name}_{key}' if kind in ('precision', 'recall') else key
