@@ -36,6 +36,6 @@ clean:
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt requirements-metrics.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-metrics.txt requirements-viewer.txt
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@

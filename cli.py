@@ -18,10 +18,11 @@ import torch
 import legacy
 from dnnlib.util import DownloadError
 from geometry import meshes
+from geometry.head_model import load_embedded_head
 from metrics.subject import MetricError
 from torch_utils.distributed import LOST_STATUS, RankLostError, ToldElsewhereError
 from training.dataset import DatasetError
-from training.driving import Clip
+from training.driving import LANDMARK_ENDING, Clip
 from training.generator import EG3DGenerator, Next3DGenerator
 from training.run_dir import RunError
 from training.video import VideoError
@@ -263,6 +264,21 @@ def fit_head(generator: EG3DGenerator, head: HeadFiles, device: torch.device) ->
 def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | None, device: torch.device):
     """Return `fit_head` of `read_head`: the mesh input of two files."""
     return fit_head(generator, read_head(obj_path, lms_path), device)
+
+
+def read_own_mesh(name: str, obj_path: str, lms_path: str | None = None) -> np.ndarray:
+    """Return vertices and landmarks [V + 68, 3] of a mesh file; name: the option that gave it.
+
+    Landmarks are those of lms_path, else of the file beside the mesh, else the embedded head's for its topology.
+    """
+    vertices = meshes.read_obj(obj_path).vertices
+    beside = pathlib.Path(obj_path).with_name(f'{pathlib.Path(obj_path).stem}{LANDMARK_ENDING}')
+    if lms_path is not None or beside.exists():
+        return meshes.stack_mesh(vertices, meshes.read_landmarks(lms_path or beside))[0]
+    head = load_embedded_head()
+    if len(vertices) != len(head.mean):
+        raise click.UsageError(f'{name}: {obj_path}: expected {len(head.mean)} vertices, found {len(vertices)}.')
+    return meshes.stack_mesh(vertices, head.landmarks(torch.from_numpy(vertices)[None])[0].numpy())[0]
 
 
 def fit_clip(generator: Next3DGenerator, clip: Clip, name: str) -> None:

@@ -2,7 +2,6 @@
 """Generate pictures, depth maps and shapes of seeds with a trained network."""
 
 import dataclasses
-import pathlib
 import re
 
 import click
@@ -14,6 +13,7 @@ from tqdm import tqdm
 import cli
 from dnnlib.util import atomic_path, atomic_write
 from geometry import cameras, shapes
+from training import surface
 from training.generator import EG3DGenerator, Planes
 from training.pictures import to_uint8
 
@@ -178,31 +178,20 @@ def _save_depth(folder, seed, depth):
 def _write_shape(generator, planes, path, options: ShapeOptions):
     """Write the density grid or its surface; a network without a surface at the published level is no error."""
     side = generator.config.sampling.box_warp
-    device = planes.planes.device
     with tqdm(total=options.resolution, desc=f'density {path.name}', unit='slab', delay=BAR_AFTER_SECONDS) as bar:
-        grid = shapes.density_grid(
-            lambda points: generator.query(planes, points, with_rgb=False)['sigma'],
-            options.resolution, side, bar.update, device,
-        )
+        grid = surface.sample_density(generator.query, planes, side, options.resolution, bar.update)
     if options.file_format == '.mrc':
         _save_mrc(path, grid)
         return
     try:
-        vertices, faces = shapes.extract_surface(grid)
+        found = surface.coloured_surface(generator.query, planes, side, grid)
     except shapes.NoSurfaceError as error:
         click.echo(f'{path.name}: {error}', err=True)
         return
-    world = shapes.grid_to_world(vertices, options.resolution, side)
-    colours = _vertex_colours(generator, planes, world)
-    is_published = options.file_format == '.ply'
-    _save_mesh(path, shapes.grid_to_published_ply(vertices) if is_published else world, faces, colours)
-
-
-def _vertex_colours(generator, planes, world):
-    """Return the field's colours [V, 3] as bytes at world points [V, 3]."""
-    points = torch.from_numpy(np.ascontiguousarray(world, dtype=np.float32)).to(planes.planes.device)
-    parts = [generator.query(planes, chunk[None])['rgb'][0, :, :3] for chunk in points.split(1 << 18)]
-    return (torch.cat(parts) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
+    vertices = shapes.grid_to_published_ply(found.indices) if options.file_format == '.ply' else found.vertices
+    content = surface.encode_mesh(vertices, found.faces, found.colours, path.suffix[1:])
+    with cli.naming(path), atomic_write(path) as file:
+        file.write(content)
 
 
 def _save_mrc(path, grid):
@@ -211,14 +200,6 @@ def _save_mrc(path, grid):
     with cli.naming(path), atomic_path(path) as temporary, mrcfile.new(temporary, overwrite=True) as file:
         file.set_data(grid)
         file.header.label[0] = MRC_LABEL.ljust(80)
-
-
-def _save_mesh(path: pathlib.Path, vertices, faces, colours):
-    import trimesh  # Here: only shapes need it, and importing it takes most of a second.
-
-    mesh = trimesh.Trimesh(vertices, faces, vertex_colors=colours, process=False)
-    with cli.naming(path), atomic_path(path) as temporary:
-        mesh.export(temporary, file_type=path.suffix[1:])
 
 
 if __name__ == '__main__':

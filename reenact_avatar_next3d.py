@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import cli
-from geometry import cameras, meshes, paths
-from geometry.head_model import load_embedded_head
+from geometry import cameras, paths
 from training import avatar, driving, video
 from training.inference import DTYPES, Synthesizer
 from training.mesh_render import MeshRenderer
@@ -121,19 +120,7 @@ def _open_clip(drive_root, options):
     needs_labels = not options['fixed_camera']
     is_retargeted = options['retarget'] is not None
     clip = driving.open_clip(drive_root, is_retargeted, needs_labels, options['skip_missing'], options['num_frames'])
-    return driving.Retargeted(clip, _own_mesh(options['retarget'])) if is_retargeted else clip
-
-
-def _own_mesh(path):
-    """Return vertices and landmarks of a mesh file; landmarks of the file beside it, or of the head model."""
-    vertices = meshes.read_obj(path).vertices
-    beside = pathlib.Path(path).with_name(f'{pathlib.Path(path).stem}{driving.LANDMARK_ENDING}')
-    if beside.exists():
-        return meshes.stack_mesh(vertices, meshes.read_landmarks(beside))[0]
-    head = load_embedded_head()
-    if len(vertices) != len(head.mean):
-        raise click.UsageError(f'--retarget: {path}: expected {len(head.mean)} vertices, found {len(vertices)}.')
-    return meshes.stack_mesh(vertices, head.landmarks(torch.from_numpy(vertices)[None])[0].numpy())[0]
+    return driving.Retargeted(clip, cli.read_own_mesh('--retarget', options['retarget'])) if is_retargeted else clip
 
 
 def _draw(synthesizer, clip, seeds, layout, options, path, add):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import re
 import time
 import urllib.error
@@ -584,8 +585,37 @@ def atomic_write(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
             yield file
 
 
+def clear_leftovers(path: str | os.PathLike) -> None:
+    """Remove what `atomic_path` of the same path left beside it in processes of this machine that were killed.
+
+    Files of processes that run, and of other machines that share the folder, stay.
+    """
+    final = pathlib.Path(os.path.realpath(path))
+    name = re.compile(rf'\.tmp-{_machine()}-(\d+)-[0-9a-f]{{12}}-{re.escape(final.name[-_TAIL_CHARACTERS:])}')
+    for other in final.parent.glob('.tmp-*'):
+        match = name.fullmatch(other.name)
+        if match and not _is_running(int(match[1])):
+            other.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != 'posix':
+        return True  # Elsewhere, asking would end the process.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # Somebody else's.
+    return True
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
 def _unique() -> str:
-    return f'{os.getpid()}-{uuid.uuid4().hex[:12]}'
+    return f'{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}'
 
 
 def _publish(temporary: pathlib.Path, final: pathlib.Path) -> None:

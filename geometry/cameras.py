@@ -51,10 +51,13 @@ def look_at_pose(
     return cam2world_from_forward(forward, origin)
 
 
-def cam2world_from_forward(forward: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
-    """Return cam2world [N, 4, 4] of upright cameras at origin [N, 3] that look along forward [N, 3]."""
+def cam2world_from_forward(forward: torch.Tensor, origin: torch.Tensor, up=(0.0, 1.0, 0.0)) -> torch.Tensor:
+    """Return cam2world [N, 4, 4] of cameras at origin [N, 3] that look along forward [N, 3], pictures' top towards up.
+
+    up: three numbers, not along forward.
+    """
     forward = functional.normalize(forward, dim=1)
-    up = torch.tensor([0.0, 1.0, 0.0]).expand_as(forward)
+    up = torch.tensor(up).expand_as(forward)
     right = -functional.normalize(torch.cross(up, forward, dim=1), dim=1)
     down = functional.normalize(torch.cross(forward, right, dim=1), dim=1)
     pose = torch.eye(4).repeat(len(forward), 1, 1)

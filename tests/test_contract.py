@@ -13,7 +13,7 @@ from parity import ROOT
 
 SCRIPTS = [
     'calc_metrics', 'convert_network', 'gen_samples', 'gen_sheets', 'gen_videos_next3d', 'reenact_avatar_next3d',
-    'train_next3d',
+    'train_next3d', 'viewer',
     'dataset_preprocessing.pack', 'dataset_preprocessing.check_data',
     'dataset_preprocessing.synthetic.make_dataset', 'dataset_preprocessing.synthetic.make_clip',
     'dataset_preprocessing.synthetic.train_estimator',

@@ -235,9 +235,42 @@ def test_a_killed_run_leaves_no_half_video(network, tmp_path):
     assert process.wait() == -signal.SIGKILL
     time.sleep(0.5)  # ffmpeg sees the end of its input and ends, too.
     assert 'interpolation.mp4' not in leftovers(tmp_path) and leftovers(tmp_path)[0].startswith('.tmp-')
+    result = run(gen_videos_next3d.main, *command[2:-2], '--seeds=1', '--w-frames=2', '--image_mode=image_raw')
+    assert result.code == 0 and leftovers(tmp_path) == ['interpolation.mp4']
 
 
 def test_sizes_of_pictures_are_checked(tmp_path):
     with pytest.raises(ValueError, match='like the first'), video.video_file(tmp_path / 'a.mp4', 30) as add:
         add(np.zeros([8, 8, 3], np.uint8))
         add(np.zeros([8, 10, 3], np.uint8))
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    path, code = tmp_path / 'a.mp4', (
+        'import os, signal, sys, time\n'
+        'from dnnlib.util import atomic_path\n'
+        'with atomic_path(sys.argv[1]) as temporary:\n'
+        "    temporary.write_bytes(b'half')\n"
+        "    print('written', flush=True)\n"
+        '    time.sleep(60)\n'
+    )
+    options = dict(cwd=parity.ROOT, stdout=subprocess.PIPE, text=True)
+    names = path, path, tmp_path / 'b.mp4'
+    processes = [subprocess.Popen([sys.executable, '-c', code, name], **options) for name in names]
+    try:
+        assert all(process.stdout.readline() == 'written\n' for process in processes)
+        alive, *killed = processes
+        for process in killed:
+            process.kill()
+            process.wait()
+        assert len(leftovers(tmp_path)) == 3
+        with video.video_file(path, 30) as add:
+            add(np.zeros([16, 16, 3], np.uint8))
+        found = leftovers(tmp_path)
+        kept = [name for name in found if name.startswith('.tmp-')]
+        assert 'a.mp4' in found and len(kept) == 2  # Of the one that runs, and of another file.
+        assert sum(f'-{alive.pid}-' in name for name in kept) == 1 and sum('b.mp4' in name for name in kept) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -15,14 +15,19 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from training.generator import EG3DGenerator, Next3DGenerator
+from geometry.cameras import split_label
+from training.generator import EG3DGenerator, Next3DGenerator, Planes
 from training.head_raster import ViewCoverage
 from training.inference import CapturedCall, Synthesizer, repeatable, to_host
-from training.pictures import to_bytes
+from training.mesh_render import MeshRenderer
+from training.pictures import overlay, to_bytes
+from training.volume.rays import camera_rays
 
 IMAGE_MODES = ('image', 'image_raw', 'image_depth')
 MAPPING_BATCH = 64
 FRAMES_AHEAD = 8
+PORTRAIT_MODES = (*IMAGE_MODES, 'normals', 'mesh')
+FLAT_DENSITY = 0.1  # Difference of densities over two texels below which there is no surface to speak of.
 
 T = TypeVar('T')
 
@@ -102,6 +107,66 @@ class Film:
         return self._synthesizer._blend(identity, v.expand(count, -1, -1), shared)
 
 
+class Portrait:
+    """One person in a live view: what a picture has in common with the one before is not computed again.
+
+    Portraits may share a synthesizer as long as one draws at a time: what each keeps is its own.
+    """
+
+    def __init__(self, synthesizer: Synthesizer):
+        self._synthesizer = synthesizer
+        self._ws = self._v = self._identity = self._planes = self._renderer = None
+
+    def forget(self) -> None:
+        """Compute everything anew for the next picture."""
+        self._ws = self._v = self._identity = self._planes = None
+
+    @torch.no_grad()
+    def planes(self, ws: torch.Tensor, v: torch.Tensor) -> Planes:
+        """Return the blended planes of styles ws [1, num_ws, w_dim] and a mesh v [1, V + 68, 3]."""
+        synthesizer = self._synthesizer
+        ws, v = ws.to(synthesizer.device), v.to(synthesizer.device)
+        is_same = self._ws is not None and torch.equal(ws, self._ws)
+        if is_same and torch.equal(v, self._v):
+            return self._planes
+        with repeatable():
+            if not is_same:
+                styles = synthesizer._bank.styles(ws)
+                self._identity = synthesizer._identity(synthesizer.generator.fold(styles))
+            self._planes = synthesizer._blend(self._identity, v)
+        self._ws, self._v = ws.clone(), v.clone()
+        return self._planes
+
+    @torch.no_grad()
+    def draw(self, ws, v, c: torch.Tensor, resolution: int | None = None, mode: str = 'image') -> torch.Tensor:
+        """Return a picture [1, R, R, 3] uint8, on the device, from the camera of a label c [1, 25].
+
+        resolution: side of the rendered picture r; None: the checkpoint's. mode: one of PORTRAIT_MODES: 'normals' are
+        those of the density, of r x r pixels like 'image_raw' and 'image_depth'; 'mesh' lays the mesh over 'image'.
+        """
+        if mode not in PORTRAIT_MODES:
+            raise ValueError(f'mode: expected one of {", ".join(PORTRAIT_MODES)}, got {mode!r}')
+        synthesizer, planes = self._synthesizer, self.planes(ws, v)
+        c, resolution = c.to(synthesizer.device), synthesizer._resolution(resolution)
+        if mode in ('image', 'mesh'):
+            image = synthesizer._render(planes, self._identity, c, resolution)['image']
+            if mode == 'mesh':
+                image = overlay(image.clamp(-1, 1), self._mesh_renderer()(self._v, c))
+            return to_bytes(image)
+        generator = synthesizer.generator
+        features, depth = generator.volume(planes, c, resolution, 'center')
+        if mode == 'normals':
+            return to_bytes(surface_normals(generator, planes, c, depth))
+        return as_picture(features[:, :3] if mode == 'image_raw' else depth, mode)
+
+    def _mesh_renderer(self):
+        if self._renderer is None:
+            generator = self._synthesizer.generator
+            topology = generator.faces[0], generator.face_uvcoords[0]
+            self._renderer = MeshRenderer(*topology, 'normal', generator.img_resolution)
+        return self._renderer
+
+
 class Wall:
     """A grid's people, drawn in batches of one row; arguments as those of `Film`, ws of all people or None."""
 
@@ -144,6 +209,24 @@ def as_picture(image: torch.Tensor, image_mode: str) -> torch.Tensor:
         low, high = image.amin(dim=(1, 2, 3), keepdim=True), image.amax(dim=(1, 2, 3), keepdim=True)
         image = ((high - image) / (high - low).clamp(min=1e-6) * 2 - 1).expand(-1, 3, -1, -1)
     return to_bytes(image)
+
+
+def surface_normals(generator: EG3DGenerator, planes: Planes, c: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Return outward unit normals [N, 3, r, r] in the world's frame where rays of labels c [N, 25] see the surface.
+
+    depth: image_depth [N, 1, r, r] of the same cameras. Normals are those of the density (central differences over two
+    texels of the planes); shorter than 1, down to 0, where the density hardly changes, as in empty space.
+    """
+    count, resolution, config = len(depth), depth.shape[-1], generator.config
+    origins, directions = camera_rays(*split_label(c.float()), resolution)
+    points = origins + directions * depth.flatten(2).transpose(1, 2)
+    step = config.sampling.box_warp / config.plane_resolution
+    offsets = step * torch.eye(3, device=points.device)
+    around = points[:, None] + torch.cat([offsets, -offsets])[:, None]
+    sigma = generator.query(planes, around.flatten(1, 2), with_rgb=False)['sigma']
+    density = torch.nn.functional.softplus(sigma - 1).view(count, 2, 3, resolution, resolution)
+    outwards = density[:, 1] - density[:, 0]
+    return outwards / outwards.norm(dim=1, keepdim=True).clamp(min=FLAT_DENSITY)
 
 
 def tile(pictures: list[np.ndarray] | np.ndarray, columns: int, rows: int) -> np.ndarray:

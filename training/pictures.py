@@ -53,7 +53,7 @@ class SheetMaker:
             parts[''].append(out['image'])
             parts['_raw'].append(out['image_raw'])
             parts['_depth'].append(-out['image_depth'])
-            parts['_mesh'].append(_overlay(out['image'], renderer(v, c)))
+            parts['_mesh'].append(overlay(out['image'], renderer(v, c)))
         images = {name: torch.cat(part) for name, part in parts.items()}
         images['_depth'] = _stretch(images['_depth'])
         return {name: self._arrange(to_uint8(image)) for name, image in images.items()}
@@ -71,8 +71,8 @@ def save_sheet(path: str | os.PathLike, sheet: np.ndarray) -> None:
         Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(temporary, format='PNG')
 
 
-def _overlay(image, rendering):
-    """Lay a rendering over pictures where it shows something; -1 in all channels is its background."""
+def overlay(image: torch.Tensor, rendering: torch.Tensor) -> torch.Tensor:
+    """Lay a rendering over pictures [N, 3, R, R], half transparent; -1 in all channels is its background."""
     is_mesh = (rendering > -1).any(dim=1, keepdim=True)
     return torch.where(is_mesh, image + (rendering - image) * MESH_OPACITY, image)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dnnlib.util import atomic_path
+from dnnlib.util import atomic_path, clear_leftovers
 
 FRAMES_WAITING = 8  # Pictures between drawing and encoding: enough to even out their paces.
 QUALITY = 17  # x264's rate factor: about where H.264 can no longer be told from the picture.
@@ -63,8 +63,10 @@ def video_file(
 
     Pictures of one size, which the caller leaves unchanged; odd sides get one more row or column. audio: a file whose
     sound is laid under, from its start to the end of the pictures. frames: a folder for pictures 00000.png and so on.
-    Encoding happens in a thread and a process of its own. Raises VideoError where it fails or there was no picture.
+    Encoding happens in a thread and a process of its own. What killed runs left of the same file is removed. Raises
+    VideoError where it fails or there was no picture.
     """
+    clear_leftovers(path)
     with atomic_path(path) as temporary:
         encoder = _Encoder(path, temporary, fps, audio, frames)
         try:
