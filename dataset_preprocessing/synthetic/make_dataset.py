@@ -8,7 +8,6 @@ import sys
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a script from any folder.
 
@@ -52,7 +51,7 @@ def main(out, count, resolution, seed, packed, workers):
     if missing:
         picture(anatomy, random_person(anatomy, seed, missing[0]), 32)  # Builds tables and rasteriser once.
     store.write_all(lambda index: _draw(anatomy, seed, resolution, index), items, missing, workers, count)
-    labels, arrays = _tables(anatomy, seed, count)
+    labels, arrays = _tables(anatomy, seed, count, workers)
     items.finish(labels)
     store.finish(partial, target, arrays)
     click.echo(f'Wrote {count} items of {len(anatomy.neutral)} vertices to {target}')
@@ -68,9 +67,11 @@ def _bytes_needed(count, resolution, packed):
     return int(count * (pictures * 2 + 70_000 if packed else pictures + store.OBJ_BYTES))
 
 
-def _tables(anatomy, seed, count):
+def _tables(anatomy, seed, count, workers):
     """Return labels [N, 25] and the arrays of coefficients.npz: drawn again, so that no run has to remember them."""
-    people = [random_person(anatomy, seed, index) for index in tqdm(range(count), 'coefficients', delay=2)]
+    people = list(store.in_processes(
+        lambda index: random_person(anatomy, seed, index), range(count), workers, 'coefficients', count
+    ))  # fmt: skip
     rows = [person.attributes() for person in people]
     arrays = {
         'names': np.array([store.picture_name(index) for index in range(count)]),

@@ -12,7 +12,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -233,35 +233,43 @@ def _hash(path):
 def write_all(draw: Callable[[int], tuple], store, indices: Iterable[int], workers: int, total: int) -> None:
     """Draw and write items: draw(index) -> (image, vertices, landmarks). Raises DatasetError where it cannot go on."""
     indices = list(indices)
-    bar = functools.partial(tqdm, desc='pictures', total=total, initial=total - len(indices), delay=1)
     try:
-        if workers == 1:
-            for index in bar(indices):
-                store.write(index, *draw(index))
-            return
-        # Forked: the head and its tables are there already, and spawned processes would each import torch anew.
-        context = multiprocessing.get_context('fork')
-        with ProcessPoolExecutor(workers, context, _begin_worker, (draw, store)) as pool:
-            for _ in bar(pool.map(_work, indices, chunksize=4)):
-                pass
-    except BrokenProcessPool:
-        raise DatasetError(f'{store.folder}: a process was ended (out of memory?); {GO_ON}') from None
+        for _ in in_processes(lambda index: store.write(index, *draw(index)), indices, workers, 'pictures', total):
+            pass
     except OSError as error:
         where = error.filename or store.folder
         raise DatasetError(f'{where}: cannot be written: {error.strerror or error}; {GO_ON}') from None
 
 
-_draw, _store = None, None
+def in_processes(function: Callable, items: Sequence, workers: int, what: str, total: int) -> Iterator:
+    """Yield function(item) in order, computed in forked processes, under a bar that ends at `total`.
+
+    Raises DatasetError where a process is ended.
+    """
+    bar = functools.partial(tqdm, desc=what, total=total, initial=total - len(items), delay=1)
+    if workers == 1:
+        yield from map(function, bar(items))
+        return
+    # Forked: the head and its tables are there already, and spawned processes would each import torch anew.
+    context = multiprocessing.get_context('fork')
+    try:
+        with ProcessPoolExecutor(workers, context, _begin_worker, (function,)) as pool:
+            yield from bar(pool.map(_work, items, chunksize=4))
+    except BrokenProcessPool:
+        raise DatasetError(f'{what}: a process was ended (out of memory?); {GO_ON}') from None
 
 
-def _begin_worker(draw, store):
-    global _draw, _store
+_function = None
+
+
+def _begin_worker(function):
+    global _function
     torch.set_num_threads(1)
-    _draw, _store = draw, store
+    _function = function
 
 
-def _work(index):
-    _store.write(index, *_draw(index))
+def _work(item):
+    return _function(item)
 
 
 def finish(partial: pathlib.Path, out: pathlib.Path, arrays: dict[str, np.ndarray], with_template: bool = True):
