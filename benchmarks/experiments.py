@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains variants of the network on the same data for the same time and measures them: docs/experiments.md.
 
-Every variant is a run of train_next3d.py as a user would start it, then one of calc_metrics.py and one of gen_sheets.py.
+Every variant is a run of train_next3d.py as a user would start it, then one of calc_metrics.py and of gen_sheets.py.
 With --gpus=N so many variants are trained at once, one a GPU. Run again to go on after an interruption.
 """
 

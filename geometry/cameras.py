@@ -76,5 +76,22 @@ def split_label(label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return label[:, CAM2WORLD].reshape(-1, 4, 4), label[:, INTRINSICS].reshape(-1, 3, 3)
 
 
+def project_points(world: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return places [N, M, 2] of world points [N, M, 3] over the picture and their depths [N, M] along the axis.
+
+    label: [N, 25 or more]. Places: x right, y down, [-1, 1] from edge to edge; without meaning where a depth is not
+    positive.
+    """
+    pose, k = split_label(label)
+    # A sum of products instead of a matrix product: no TF32 may round places.
+    offset = world - pose[:, None, :3, 3]
+    x, y, z = (offset[..., :, None] * pose[:, None, :3, :3]).sum(dim=-2).unbind(dim=-1)
+    x, y = x / z, y / z
+    k = k[:, :, :, None]
+    column = k[:, 0, 0] * x + k[:, 0, 1] * y + k[:, 0, 2]
+    row = k[:, 1, 1] * y + k[:, 1, 2]
+    return torch.stack([2 * column - 1, 2 * row - 1], dim=-1), z
+
+
 def _draw(spread, batch):
     return torch.randn([batch, 1]) if spread == 'normal' else torch.rand([batch, 1]) * 2 - 1

@@ -7,7 +7,7 @@ from scipy.ndimage import binary_dilation
 from scipy.spatial import Delaunay, QhullError
 from torch.nn.functional import cosine_similarity, grid_sample, interpolate, normalize
 
-from geometry.cameras import CAM2WORLD, split_label
+from geometry.cameras import CAM2WORLD, project_points, split_label
 from geometry.meshes import NUM_LANDMARKS, WORLD_SCALE, WORLD_SHIFT
 from metrics.subject import MetricError, Request, Subject, expect_items, summarise
 
@@ -153,15 +153,6 @@ def local_rays(c: torch.Tensor, resolution: int) -> torch.Tensor:
     return torch.stack([x, y, torch.ones_like(x)], dim=-1)
 
 
-def project_points(world: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return places [N, M, 2] in [-1, 1] over the picture and distances [N, M] from the camera of points [N, M, 3]."""
-    pose, k = split_label(c)
-    offset = world - pose[:, None, :3, 3]
-    local = (offset[..., :, None] * pose[:, None, :3, :3]).sum(dim=-2)
-    homogeneous = (k[:, None] * (local / local[..., 2:])[..., None, :]).sum(dim=-1)
-    return 2 * homogeneous[..., :2] - 1, offset.norm(dim=-1)
-
-
 def _outlines(landmarks, c, resolution):
     """Return which pixels [N, r, r] lie within the convex outline of projected landmarks [N, 68, 3]."""
     points = project_points(to_world(landmarks), c)[0].cpu().numpy()
@@ -233,8 +224,8 @@ def compare_views(here, there, c: torch.Tensor, c_other: torch.Tensor, mask: tor
     rays = normalize(local_rays(c, resolution), dim=-1)
     rays = (pose[:, None, None, :3, :3] * rays[..., None, :]).sum(dim=-1)
     world = rays * here.depth[..., None] + pose[:, None, None, :3, 3]
-    place, distance = project_points(world.flatten(1, 2), c_other)
-    place, distance = place.view(*mask.shape, 2), distance.view(mask.shape)
+    place = project_points(world.flatten(1, 2), c_other)[0].view(*mask.shape, 2)
+    distance = (world - split_label(c_other)[0][:, None, None, :3, 3]).norm(dim=-1)
     sample = {'mode': 'bilinear', 'align_corners': False, 'padding_mode': 'border'}
     surface = grid_sample(there.depth[:, None], place, **sample)[:, 0]
     gap = (distance - surface).abs()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from geometry.cameras import split_label
+from geometry.cameras import project_points
 from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
 from torch_utils.custom_ops import check_shape
 from torch_utils.ops.rasterize import rasterize
@@ -118,15 +118,8 @@ def project(world: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     x right, y down, [-1, 1] over the picture; the third is -1/Z, which grows with the depth Z and is linear on the
     screen where Z is not. Points less than NEAR in front of the camera become infinite: no face with them is drawn.
     """
-    pose, k = split_label(c)
-    # A sum of products instead of a matrix product: no TF32 may round screen coordinates.
-    offset = world - pose[:, None, :3, 3]
-    x, y, z = (offset[..., :, None] * pose[:, None, :3, :3]).sum(dim=-2).unbind(dim=-1)
-    x, y = x / z, y / z
-    k = k[:, :, :, None]
-    column = k[:, 0, 0] * x + k[:, 0, 1] * y + k[:, 0, 2]
-    row = k[:, 1, 1] * y + k[:, 1, 2]
-    screen = torch.stack([2 * column - 1, 2 * row - 1, -1 / z], dim=-1)
+    places, z = project_points(world, c)
+    screen = torch.cat([places, -1 / z[..., None]], dim=-1)
     return torch.where((z > NEAR)[..., None], screen, torch.inf)
 
 
