@@ -4,6 +4,7 @@ PYTHON ?= python3
 OUT ?= demo-out
 SEEDS ?= 5,8,11
 SHAPE_SEED ?= 5
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 RUN := $(BIN)/python
 AVATAR := --network=data/demo/next3d_demo.pkl --trunc=0.7 --outdir=$(OUT)
@@ -23,7 +24,7 @@ demo: .venv/installed
 	@echo "a surface seed*.glb (Blender or any glTF viewer), a density seed*.mrc (ChimeraX, surface level 10)"
 
 test: .venv/installed-dev
-	$(RUN) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile tests
 
 clean:
 	rm -rf .venv $(OUT)

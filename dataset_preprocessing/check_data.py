@@ -4,15 +4,21 @@
 import os
 import pathlib
 import sys
+import zipfile
 
 import click
+import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # Run as a script from any folder.
 
 import cli  # noqa: E402  (needs the path above)
-from geometry.meshes import read_obj  # noqa: E402
+from dataset_preprocessing import report_page  # noqa: E402
+from dnnlib import atomic_write  # noqa: E402
+from geometry.meshes import NUM_LANDMARKS, MeshFileError, read_obj  # noqa: E402
 from training import data_checks  # noqa: E402
 from training.dataset import DatasetError, FolderSource, PackedSource, is_packed  # noqa: E402
+from training.driving import open_clip  # noqa: E402
 from training.files import FileSet  # noqa: E402
 
 RADIUS, RADIUS_TOLERANCE = 2.7, 0.1
@@ -32,12 +38,16 @@ FAULTS_SHOWN = 100
 @cli.flag('quick', help='Check labels and names only: reads no picture and no mesh.')
 @cli.option('limit', type=click.IntRange(0), default=FAULTS_SHOWN, show_default=True,
             help='Faults to print; further ones are counted. 0: all.')
-def main(data, rdata, driving, points2d, gen_exp_cond, topology_path, radius, workers, quick, limit):
+@cli.option('report', metavar='HTML', type=cli.PathText(),
+            help='Write a page of meshes over pictures, errors, poses, faults and rejected pictures. Not when packed.')
+def main(data, rdata, driving, points2d, gen_exp_cond, topology_path, radius, workers, quick, limit, report):
     """Check labels, pictures, meshes and landmarks; print a line for each fault and one that sums up.
 
     The exit status is 1 where there are faults. Without --topology_path all meshes must have as many vertices as the
     first. --points2d: files <picture's name>.txt, in pixels; landmarks projected by the label must be near to them.
     """
+    if report is not None and data is not None and is_packed(data):
+        raise click.UsageError('--report: expected none with a packed folder.')
     _refuse_misfits(data, rdata, driving, {'points2d': points2d, 'gen_exp_cond': gen_exp_cond, 'quick': quick})
     num_vertices = None if topology_path is None else len(read_obj(topology_path).vertices)
     position = (radius - RADIUS_TOLERANCE, radius + RADIUS_TOLERANCE)
@@ -50,9 +60,53 @@ def main(data, rdata, driving, points2d, gen_exp_cond, topology_path, radius, wo
             faults += data_checks.check_names(source) + data_checks.check_labels(source, position)
             if not quick:
                 faults += _check_content(source, num_vertices, workers, points2d)
-    except DatasetError as error:
+        if report is not None:
+            _write_page(report, driving or data, rdata, driving is not None, faults)
+    except (DatasetError, MeshFileError) as error:
         raise click.ClickException(' '.join(str(error).split())) from error
     _report(faults, count, limit)
+
+
+def _write_page(report, folder, rdata, is_driving, faults):
+    """Write the page of a set whose faults are known; items that cannot be read are not in it."""
+    source = open_clip(folder, skip_missing=True) if is_driving else FolderSource(folder, rdata, False, _ignore)
+    if not source.names:
+        raise DatasetError(f'{folder}: expected items without faults for --report, found none')
+    folder = pathlib.Path(folder).expanduser()
+    errors = _errors(folder / 'coefficients.npz')
+    names = [f'{name}.png' if is_driving else name for name in source.names]
+    meshes = FileSet(folder if is_driving else rdata)
+    faces = read_obj(meshes.path / f'{os.path.splitext(names[0])[0]}.obj').faces if not meshes.is_zip else None
+    if faces is None:
+        raise DatasetError(f'{rdata}: expected a folder of meshes for --report, found an archive')
+
+    def read(index):
+        pixels = source.picture(index) if is_driving else source.image(index).transpose(1, 2, 0)
+        mesh = source.mesh(index)[:-NUM_LANDMARKS]
+        return report_page.ReportItem(names[index], Image.fromarray(pixels), mesh, source.labels[index])
+
+    rejected = report_page.read_rejected(folder.with_name(f'{folder.name}_work') / 'rejected.txt')
+    text = report_page.page(str(folder), names, source.labels, errors, read, faces, faults, rejected)
+    with atomic_write(report, 'w') as file:
+        file.write(text)
+    click.echo(f'Report: {report}')
+
+
+def _ignore(*_fault):
+    """Leave an item out: its fault is told already."""
+
+
+def _errors(path):
+    """Return the errors of a coefficients.npz by picture; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if 'error' not in arrays:
+                return {}
+            return dict(zip(arrays['names'].tolist(), arrays['error'].tolist(), strict=True))
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        raise DatasetError(f'{path}: expected coefficients with names and error, found others ({error})') from error
 
 
 def _refuse_misfits(data, rdata, driving, others):

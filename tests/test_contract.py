@@ -19,7 +19,8 @@ SCRIPTS = [
     'dataset_preprocessing.synthetic.train_estimator',
     'dataset_preprocessing.ffhq.detect', 'dataset_preprocessing.ffhq.crop', 'dataset_preprocessing.ffhq.fit_cameras',
     'dataset_preprocessing.ffhq.labels', 'dataset_preprocessing.ffhq.fit_meshes',
-    'dataset_preprocessing.ffhq.check_files',
+    'dataset_preprocessing.ffhq.check_files', 'dataset_preprocessing.ffhq.fit_head',
+    'dataset_preprocessing.ffhq.preprocess_in_the_wild',
 ]
 LISTED = subprocess.check_output(['git', 'ls-files', '*.py'], cwd=ROOT, text=True).split()
 TRACKED = [path for path in LISTED if not path.startswith('tests/data/')]

@@ -217,7 +217,8 @@ def check_items(
     """
     is_packed, faults = isinstance(source, PackedSource), []
     meshes, landmarks = (None, None) if is_packed else (source.meshes, source.landmarks)
-    files = _Files(source.names, np.array(source.labels), source.images, meshes, landmarks)
+    ending = '.txt' if is_packed else source.landmark_ending
+    files = _Files(source.names, np.array(source.labels), source.images, meshes, landmarks, ending)
     if points is not None:
         points = FileSet(points)
         files = files._replace(points=points, with_points=frozenset(points.names()))

@@ -47,15 +47,18 @@ class Source(Protocol):
         """Return vertices and landmarks [V + 68, 3] float32."""
 
 
+MESHES, BESIDE_ENDING = 'meshes', '_kpt2d.txt'
+
+
 def landmarks_path(meshes: str | os.PathLike) -> pathlib.Path:
     """Return where landmarks lie beside a mesh folder or archive: meshes512x512 -> lms512x512.
 
     Only the last part of the path is changed. DatasetError where it does not hold the word 'meshes'.
     """
     path = pathlib.Path(meshes).expanduser()
-    if 'meshes' not in path.name:
+    if MESHES not in path.name:
         raise DatasetError(f"{meshes}: expected a name with 'meshes', beside which landmarks are found under 'lms'")
-    return path.with_name(path.name.replace('meshes', 'lms'))
+    return path.with_name(path.name.replace(MESHES, 'lms'))
 
 
 def raise_fault(where: str, message: str):
@@ -104,6 +107,8 @@ def _parse_label(where, numbers, length, on_fault):
 class FolderSource:
     """The published layout: pictures with dataset.json, .obj meshes and .txt landmarks of the same names.
 
+    Or that of driving: where no folder of meshes is named so, landmarks may lie beside them as <name>_kpt2d.txt.
+
     with_expressions: append the 50 numbers of dataset_exp.json to the labels. on_fault: called with (where, message)
     for each label, mesh or landmark file that is missing or bad, whose picture is then left out; otherwise the first
     one raises DatasetError. num_pictures: with those left out. unused_labels: how many are of no picture.
@@ -117,7 +122,11 @@ class FolderSource:
         on_fault: Callable = raise_fault,
     ):
         self.images, self.meshes = FileSet(data), FileSet(rdata)
-        self.landmarks = FileSet(landmarks_path(rdata))
+        is_beside = MESHES not in self.meshes.path.name and any(
+            name.endswith(BESIDE_ENDING) for name in self.meshes.names()
+        )  # fmt: skip
+        self.landmarks = self.meshes if is_beside else FileSet(landmarks_path(rdata))
+        self.landmark_ending = BESIDE_ENDING if is_beside else '.txt'
         pictures = [name for name in self.images.names() if name.lower().endswith(PICTURE_ENDINGS)]
         if not pictures:
             raise DatasetError(f'{data}: expected pictures, found none')
@@ -125,7 +134,7 @@ class FolderSource:
         tables = {file: read_labels(self.images, file, length, on_fault) for file, length in lengths.items()}
         complete = self._with_labels(pictures, tables, on_fault)
         complete &= self._with_file(pictures, self.meshes, '.obj', 'mesh', on_fault)
-        complete &= self._with_file(pictures, self.landmarks, '.txt', 'landmark file', on_fault)
+        complete &= self._with_file(pictures, self.landmarks, self.landmark_ending, 'landmark file', on_fault)
         self.names = [name for name in pictures if name in complete]
         rows = [np.concatenate([table[name] for table in tables.values()]) for name in self.names]
         self.labels = np.array(rows, dtype=np.float32).reshape(len(rows), sum(lengths.values()))
@@ -140,7 +149,8 @@ class FolderSource:
         stem = os.path.splitext(self.names[index])[0]
         try:
             vertices = parse_obj_vertices(self.meshes.read(f'{stem}.obj'), f'{self.meshes.path}/{stem}.obj')
-            landmarks = parse_landmarks(self.landmarks.read(f'{stem}.txt'), f'{self.landmarks.path}/{stem}.txt')
+            name = f'{stem}{self.landmark_ending}'
+            landmarks = parse_landmarks(self.landmarks.read(name), f'{self.landmarks.path}/{name}')
         except MeshFileError as error:
             raise DatasetError(str(error)) from error
         return np.concatenate([vertices, landmarks])

@@ -52,6 +52,20 @@ def probe(path: str | os.PathLike) -> VideoFacts:
     return VideoFacts(float(facts['fps']), bool(facts.get('audio_codec')))
 
 
+def read_video(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """Yield the frames [H, W, 3] uint8 RGB of a video file, upright, each once; errors as those of `probe`."""
+    import imageio_ffmpeg
+
+    probe(path)
+    reader = imageio_ffmpeg.read_frames(os.path.abspath(pathlib.Path(path).expanduser()), pix_fmt='rgb24')
+    try:
+        width, height = next(reader)['size']
+        for data in reader:
+            yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    finally:
+        reader.close()
+
+
 @contextlib.contextmanager
 def video_file(
     path: str | os.PathLike,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the faces in photographs: 478 points, 68 landmarks, five points, irises and expression scores, offline."""
 
-import json
+import contextlib
 import pathlib
 import sys
 
@@ -11,26 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a
 
 import cli  # noqa: E402  (needs the path above)
 from dataset_preprocessing.ffhq import files  # noqa: E402
-from dataset_preprocessing.ffhq.landmarker import CONFIDENCE, Face, Landmarker  # noqa: E402
-
-FORMAT = 'next3d-faces-1'
-
-
-def faces_text(faces: list[Face], size: tuple[int, int]) -> str:
-    """Return the JSON of a picture's faces, largest first; coordinates in thousandths of a pixel."""
-    entries = [
-        {
-            'box': [round(edge, 3) for edge in face.box],
-            'points5': face.five.round(3).tolist(),
-            'points68': face.landmarks.round(3).tolist(),
-            'irises': face.irises.round(3).tolist(),
-            'points478': face.points.round(3).tolist(),
-            'expressions': {name: round(score, 5) for name, score in face.expressions.items()},
-            'pose': face.pose.round(6).tolist(),
-        }
-        for face in faces
-    ]
-    return json.dumps({'format': FORMAT, 'width': size[0], 'height': size[1], 'faces': entries})
+from dataset_preprocessing.ffhq.faces_file import faces_text  # noqa: E402
+from dataset_preprocessing.ffhq.landmarker import CONFIDENCE, Landmarker  # noqa: E402
 
 
 @click.command(cls=cli.Command)
@@ -50,7 +32,7 @@ def main(images, out, faces, confidence, model):
     out = pathlib.Path(out)
     try:
         items = files.list_pictures(pathlib.Path(images))
-        find = Landmarker(model, confidence)
+        find = click.get_current_context().with_resource(contextlib.closing(Landmarker(model, confidence)))
 
         def work(name, path):
             image = files.read_picture(path)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file that detection leaves for each picture: its faces, or why it could not be used."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.landmarker import Face
+from dataset_preprocessing.ffhq.points import NUM_MESH_POINTS
+
+FORMAT = 'next3d-faces-1'
+
+
+class FoundFace(NamedTuple):
+    """A face in a picture of size (width, height). points [478, 2] and five [5, 2]: pixels, centres whole."""
+
+    size: tuple[int, int]
+    points: np.ndarray
+    five: np.ndarray
+    expressions: dict[str, float]
+
+
+def faces_text(faces: list[Face], size: tuple[int, int]) -> str:
+    """Return the JSON of a picture's faces, largest first; coordinates in thousandths of a pixel."""
+    entries = [
+        {
+            'box': [round(edge, 3) for edge in face.box],
+            'points5': face.five.round(3).tolist(),
+            'points68': face.landmarks.round(3).tolist(),
+            'irises': face.irises.round(3).tolist(),
+            'points478': face.points.round(3).tolist(),
+            'expressions': {name: round(score, 5) for name, score in face.expressions.items()},
+            'pose': face.pose.round(6).tolist(),
+        }
+        for face in faces
+    ]
+    return json.dumps({'format': FORMAT, 'width': size[0], 'height': size[1], 'faces': entries})
+
+
+def reason_text(reason: str) -> str:
+    """Return the JSON of a picture that could not be read."""
+    return json.dumps({'format': FORMAT, 'reason': reason, 'faces': []})
+
+
+def read_faces(path: pathlib.Path) -> tuple[list[FoundFace], str | None]:
+    """Return the faces of a file, largest first, and why there are none where the picture could not be read."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        if content['format'] != FORMAT:
+            raise ValueError(f'format {content["format"]!r}')
+        faces = []
+        for entry in content['faces']:
+            points, five = np.array(entry['points478'], float)[:, :2], np.array(entry['points5'], float)
+            if points.shape != (NUM_MESH_POINTS, 2) or five.shape != (5, 2) or not np.isfinite(points).all():
+                raise ValueError(f'points {points.shape}')
+            size = int(content['width']), int(content['height'])
+            faces.append(FoundFace(size, points, five, {k: float(v) for k, v in entry['expressions'].items()}))
+        return faces, content.get('reason')
+    except FileNotFoundError:
+        raise PreprocessError(f'{path}: expected faces, found no file') from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise PreprocessError(f'{path}: expected faces of detect.py, found another file ({error})') from error

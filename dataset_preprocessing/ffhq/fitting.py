@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From found faces to heads and cameras: crops, batches for `solver`, and the file that a fit is kept in."""
+
+import io
+import math
+import pathlib
+import zipfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter1d
+
+from dataset_preprocessing.ffhq import alignment, solver
+from dataset_preprocessing.ffhq.alignment import OUTPUT_SIDE, Crop, Placement
+from dataset_preprocessing.ffhq.dense_points import load_dense_points
+from dataset_preprocessing.ffhq.faces_file import FoundFace
+from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.head_points import EmbeddedPoints
+from dnnlib import atomic_write
+from geometry.cameras import intrinsics, make_label
+from geometry.head_model import EmbeddedHead, load_embedded_head
+
+BATCH = 16  # Items solved together, always the same ones: rounding depends on the company.
+MAX_IDENTITY_ITEMS = 48  # Of one person's pictures, spread over all, tell the identity.
+CROP_SECONDS = 0.5  # Standard deviation, in time, of the smoothing of a video's crops.
+DECIMALS = 6  # Of what is kept.
+EYE_CORNERS = (33, 133, 362, 263)  # Outer, inner, inner, outer.
+# Degrees that the embedded head's eyeballs turn at weight 1.
+SIDEWAYS_DEG, UP_DEG, DOWN_DEG = 25.0, 18.0, 22.0
+
+
+class HeadFit(NamedTuple):
+    """A fit of one item: identity [100], expression [52], label [25]; points [478, 2] of the training picture in pixels
+    and reprojected likewise. gaze [4]: pitch and yaw of the person's left, then right eye, radians, up and towards the
+    picture's right positive. error: median distance of both over that of the eyes."""
+
+    identity: np.ndarray
+    expression: np.ndarray
+    label: np.ndarray
+    points: np.ndarray
+    reprojected: np.ndarray
+    gaze: np.ndarray
+    error: np.ndarray
+
+
+def crops_of(faces: list[FoundFace], reference: np.ndarray, fps: float | None = None) -> list[Crop]:
+    """Return the crop of each face; those of a sequence (fps given) follow the face slowly, without its jitter."""
+    placements = [alignment.place_face(face.five, face.size[1], reference) for face in faces]
+    if fps is not None and len(placements) > 1:
+        values = np.array(placements)
+        values[:, 0] = np.log(values[:, 0])
+        values = gaussian_filter1d(values, CROP_SECONDS * fps, axis=0, mode='nearest')
+        placements = [Placement(math.exp(scale), x, y_up) for scale, x, y_up in values]
+    return [alignment.crop_of(place, face.size) for place, face in zip(placements, faces, strict=True)]
+
+
+def points_of(face: FoundFace, crop: Crop) -> np.ndarray:
+    """Return a face's points [478, 2] in the training picture, in pixels."""
+    return alignment.points_in_training_picture(face.points, face.size, crop)
+
+
+class HeadFitter:
+    """Fits the embedded head. on_step is called after each iteration with the number of items that it was of."""
+
+    def __init__(self, device: torch.device | str = 'cpu', head: EmbeddedHead | None = None):
+        self.head = (load_embedded_head() if head is None else head).to(device)
+        # In double precision: what rounding adds, which depends on threads and memory, stays below DECIMALS.
+        self.model = EmbeddedPoints(self.head, load_dense_points(), torch.float64)
+
+    def batch(self, points: np.ndarray, scores: np.ndarray, identity: np.ndarray | None = None, **options):
+        """Return HeadFits of points [N, 478, 2] in the training picture and expected expressions [N, 52].
+
+        identity: [100], known; options: those of `solver.fit`.
+        """
+        device, dtype = self.model.mean.device, self.model.mean.dtype
+        targets = torch.tensor((points + 0.5) / OUTPUT_SIDE, device=device, dtype=dtype)
+        prior = torch.tensor(scores, device=device, dtype=dtype)
+        groups = options.pop('groups', None)
+        if groups is None:
+            groups = torch.zeros(len(points), dtype=torch.long) if identity is not None else torch.arange(len(points))
+        if identity is not None:
+            identity = torch.tensor(identity, device=device, dtype=dtype)[None]
+        fit = solver.fit(self.model, targets, prior, groups.to(device), identity, **options)
+        return self._told(fit, targets, groups)
+
+    def shared_identity(self, points: np.ndarray, scores: np.ndarray, **options) -> np.ndarray:
+        """Return the identity [100] of one person's pictures."""
+        chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), MAX_IDENTITY_ITEMS)).round().astype(int))
+        groups = torch.zeros(len(chosen), dtype=torch.long)
+        return self.batch(points[chosen], scores[chosen], groups=groups, **options)[0].identity
+
+    def scores_of(self, face: FoundFace) -> np.ndarray:
+        """Return the detector's scores [52] in the head's order; 0 for those it does not know."""
+        return np.array([face.expressions.get(name, 0.0) for name in self.head.expression_names], dtype=np.float32)
+
+    def _told(self, fit, targets, groups):
+        identity = fit.identity[groups.to(fit.identity.device)]
+        seen = solver.see(self.model.points(identity, fit.local), fit.rotation, fit.place)
+        reprojected = solver.project(seen)
+        labels = make_label(fit.cam2world(), intrinsics().to(targets))
+        eyes = targets[:, EYE_CORNERS[:2]].mean(dim=1) - targets[:, EYE_CORNERS[2:]].mean(dim=1)
+        error = (reprojected - targets).norm(dim=2).median(dim=1).values / eyes.norm(dim=1)
+        arrays = (
+            identity, fit.local, labels, targets * OUTPUT_SIDE - 0.5, reprojected * OUTPUT_SIDE - 0.5,
+            gaze_of(fit.local, self.head.expression_names), error,
+        )  # fmt: skip
+        rounded = (array.cpu().numpy().round(DECIMALS).astype(np.float32) for array in arrays)
+        return [HeadFit(*row) for row in zip(*rounded, strict=True)]
+
+
+def gaze_of(expression: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+    """Return gaze [N, 4] of expressions [N, 52]: pitch and yaw of the person's left and right eye, as in HeadFit."""
+    weight = {name: expression[:, column] for column, name in enumerate(names)}
+    angles = []
+    for side, outwards in (('Left', 1), ('Right', -1)):  # The person's left eye is on the picture's right.
+        angles.append(UP_DEG * weight[f'eyeLookUp{side}'] - DOWN_DEG * weight[f'eyeLookDown{side}'])
+        angles.append(outwards * SIDEWAYS_DEG * (weight[f'eyeLookOut{side}'] - weight[f'eyeLookIn{side}']))
+    return torch.stack(angles, dim=1).deg2rad()
+
+
+def fit_all(
+    fitter: HeadFitter,
+    faces: dict[str, FoundFace],
+    crops: dict[str, Crop],
+    folder: pathlib.Path,
+    fps: float | None = None,
+    is_same_person: bool = False,
+    on_items: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write folder/<name>.npz for each face that lacks it. fps: of a sequence, which is one person's and smooth."""
+    names = list(faces)
+    if all((folder / f'{name}.npz').exists() for name in names):
+        on_items(len(names))
+        return
+    points = np.array([points_of(faces[name], crops[name]) for name in names])
+    scores = np.array([fitter.scores_of(faces[name]) for name in names])
+    identity = fitter.shared_identity(points, scores) if is_same_person or fps is not None else None
+    size = len(names) if fps is not None else BATCH
+    for start in range(0, len(names), size):
+        part = slice(start, start + size)
+        paths = [folder / f'{name}.npz' for name in names[part]]
+        if not all(path.exists() for path in paths):
+            found = fitter.batch(points[part], scores[part], identity, is_sequence=fps is not None)
+            for path, fit in zip(paths, found, strict=True):
+                write_fit(fit, path)
+        on_items(len(paths))
+
+
+def write_fit(fit: HeadFit, path: pathlib.Path) -> None:
+    """Write a fit; the file appears only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not all(np.isfinite(array).all() for array in fit):
+        raise PreprocessError(f'{path}: expected finite numbers of the fit, found others')
+    stream = io.BytesIO()
+    np.savez(stream, **fit._asdict())
+    with atomic_write(path) as file:
+        file.write(stream.getvalue())
+
+
+def read_fit(path: pathlib.Path) -> HeadFit:
+    """Return the fit of a file; PreprocessError for another."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return HeadFit(*(content[name] for name in HeadFit._fields))
+    except (OSError, ValueError, LookupError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise PreprocessError(f'{path}: expected a fit, found another file ({error})') from error

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head models as `solver` takes them: points that the detector finds, and how they depend on coefficients."""
+
+import torch
+
+from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints
+from geometry.head_model import EmbeddedHead
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
+
+LEAST_DEVIATION = 0.0010  # Metres, of a point of the detector.
+SCORE_DEVIATION, GAZE_DEVIATION, ABSENT_DEVIATION = 0.25, 0.6, 0.1  # Of expressions: scored, of the eyes, not scored.
+SCORE_STEP, GAZE_STEP = 0.35, 0.35  # How much an expression changes from frame to frame.
+GAZE_PREFIX = 'eyeLook'
+
+
+class EmbeddedPoints:
+    """MediaPipe's points on the embedded head; local coefficients are its 52 expressions."""
+
+    def __init__(self, head: EmbeddedHead, table: DensePoints, dtype: torch.dtype = torch.float32):
+        self.head, self.num_identity = head, head.num_identity
+        device = head.mean.device
+        corners, weights = table.corners.to(device), table.weights.to(device, dtype)[..., None]
+
+        def at_points(basis):
+            return WORLD_SCALE * (basis.to(dtype)[:, corners] * weights).sum(dim=2)
+
+        self.mean = at_points(head.mean[None])[0] + torch.tensor(WORLD_SHIFT, dtype=dtype, device=device)
+        self.identity_basis = at_points(head.identity_basis.unflatten(1, (-1, 3)))
+        self.expression_basis = at_points(head.expression_basis.unflatten(1, (-1, 3)))
+        self.deviation = WORLD_SCALE * table.deviation.to(device, dtype).clamp(min=LEAST_DEVIATION)
+        self.normals = (_normals(head)[corners].to(dtype) * weights).sum(dim=1)
+        # Eyeballs are seen wherever the eye is.
+        self.normals[FIRST_IRIS:] = self.normals.new_tensor([0, 0, 1])
+        is_gaze = torch.tensor([name.startswith(GAZE_PREFIX) for name in head.expression_names], device=device)
+        ones = self.mean.new_ones(head.num_expression)
+        self.lower, self.upper = 0 * ones, ones
+        self.local_deviation = torch.where(is_gaze, GAZE_DEVIATION, SCORE_DEVIATION).to(dtype)
+        self.local_deviation[head.expression_names.index('tongueOut')] = ABSENT_DEVIATION
+        self.step_deviation = torch.where(is_gaze, GAZE_STEP, SCORE_STEP).to(dtype)
+        self._closing, self._opening = (head.expression_names.index(name) for name in ('mouthClose', 'jawOpen'))
+        self._identity_slope = self.identity_basis.permute(1, 2, 0).contiguous()[None]
+        self._expression_slope = self.expression_basis.permute(1, 2, 0).contiguous()[None]
+
+    def points(self, identity: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """Return points [N, 478, 3] in world units."""
+        offset = identity @ self.identity_basis.flatten(1) + local @ self.expression_basis.flatten(1)
+        return self.mean + offset.unflatten(1, self.mean.shape)
+
+    def jacobians(self, identity: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the derivatives [1, 478, 3, I] and [1, 478, 3, 52], the same for all."""
+        return self._identity_slope, self._expression_slope
+
+    def restrict(self, local: torch.Tensor) -> torch.Tensor:
+        """Return expressions [N, 52] from 0 to 1, mouthClose at most jawOpen."""
+        local = local.clamp(0, 1)
+        local[:, self._closing] = torch.minimum(local[:, self._closing], local[:, self._opening])
+        return local
+
+
+def _normals(head):
+    """Return unit normals [V, 3] of the neutral head."""
+    a, b, c = (head.mean[head.faces[:, corner]] for corner in range(3))
+    across = torch.linalg.cross(b - a, c - a)
+    total = torch.zeros_like(head.mean)
+    for corner in range(3):
+        total.index_add_(0, head.faces[:, corner], across)
+    return torch.nn.functional.normalize(total, dim=1)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What photographs and videos become: <name>.png, .obj, _kpt2d.txt, dataset.json, coefficients.npz, overlays."""
+
+import io
+import json
+import pathlib
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset_preprocessing.ffhq import alignment, files
+from dataset_preprocessing.ffhq.alignment import Crop
+from dataset_preprocessing.ffhq.fitting import HeadFit
+from dataset_preprocessing.overlay import draw_overlay
+from dnnlib import atomic_path, atomic_write
+from geometry.head_model import EmbeddedHead
+from geometry.meshes import obj_surface, obj_vertices
+
+OVERLAY_QUALITY = 90
+
+
+class ItemWriter:
+    """Writes items to a folder; a picture is written last: where it is, the rest of the item is."""
+
+    def __init__(self, head: EmbeddedHead, out: pathlib.Path, overlays: pathlib.Path | None):
+        self.head, self.out, self.overlays = head, out, overlays
+        self.surface = obj_surface(head.uvs.cpu().numpy(), head.faces.cpu().numpy(), head.uv_faces.cpu().numpy())
+        skin = head.regions['skin'] & ~head.regions['scalp'] | head.regions['eyes']
+        self.drawn = head.faces[skin[head.faces].all(dim=1)].cpu().numpy()
+
+    def has(self, name: str) -> bool:
+        """Tell whether an item is complete."""
+        return (self.out / f'{name}.png').exists() and (
+            self.overlays is None or (self.overlays / f'{name}.jpg').exists()
+        )
+
+    @torch.no_grad()
+    def __call__(self, name: str, photograph: Image.Image, crop: Crop, fit: HeadFit) -> None:
+        """Write an item of an upright RGB photograph."""
+        device = self.head.mean.device
+        mesh = self.head(*(torch.from_numpy(x)[None].to(device) for x in (fit.identity, fit.expression)))
+        vertices, landmarks = mesh.vertices[0].cpu().numpy(), mesh.landmarks[0].cpu().numpy()
+        picture = alignment.training_picture(photograph, crop)
+        if self.overlays is not None:
+            self.overlays.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.overlays / f'{name}.jpg') as temporary:
+                drawn = draw_overlay(picture, vertices, self.drawn, fit.label, fit.points)
+                drawn.save(temporary, format='JPEG', quality=OVERLAY_QUALITY)
+        files.write_text((obj_vertices(vertices) + self.surface).decode('ascii'), self.out / f'{name}.obj')
+        lines = ''.join(f'{x:.6f} {y:.6f} {z:.6f}\n' for x, y, z in landmarks)
+        files.write_text(lines, self.out / f'{name}_kpt2d.txt')
+        files.save_png(picture, self.out / f'{name}.png')
+
+
+def write_tables(
+    out: pathlib.Path, fits: dict[str, HeadFit], expression_names: tuple[str, ...], fps: float | None,
+    is_one_person: bool,
+) -> None:
+    """Write dataset.json and coefficients.npz of a folder: names, identity [100] of one person or [N, 100], expression
+    [N, 52], gaze [N, 4], error [N] and, of a video, fps."""
+    labels = [[f'{name}.png', fit.label.astype(float).tolist()] for name, fit in fits.items()]
+    files.write_text(json.dumps({'labels': labels}), out / 'dataset.json')
+    rows = list(fits.values())
+    arrays = {
+        'names': np.array([f'{name}.png' for name in fits]),
+        'identity': rows[0].identity if is_one_person else np.stack([fit.identity for fit in rows]),
+        'expression': np.stack([fit.expression for fit in rows]),
+        'expression_names': np.array(expression_names),
+        'gaze': np.stack([fit.gaze for fit in rows]),
+        'error': np.stack([fit.error for fit in rows]),
+        **({} if fps is None else {'fps': np.array(fps)}),
+    }
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    with atomic_write(out / 'coefficients.npz') as file:
+        file.write(stream.getvalue())
