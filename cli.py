@@ -8,12 +8,13 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import legacy
 from dnnlib.util import DownloadError
@@ -21,14 +22,15 @@ from geometry import meshes
 from geometry.head_model import load_embedded_head
 from metrics.subject import MetricError
 from torch_utils.distributed import LOST_STATUS, RankLostError, ToldElsewhereError
+from training import driving
 from training.dataset import DatasetError
-from training.driving import LANDMARK_ENDING, Clip
 from training.generator import EG3DGenerator, Next3DGenerator
 from training.run_dir import RunError
 from training.video import VideoError
 
 MAX_SEED = 2**32 - 1
 MAX_SEEDS = 1_000_000  # A slip such as 0-4294967295 must not fill the memory.
+BAR_EVERY_SECONDS = 0.5
 MAX_GRID = 100  # Cells to a side of a video.
 MAX_FLOAT = torch.finfo(torch.float32).max
 USER_ERRORS = (
@@ -200,6 +202,15 @@ def flag(name: str, **kwargs):
     return option(name, type=bool, is_flag=False, flag_value=True, default=False, show_default=True, **kwargs)
 
 
+def flame_path():
+    """Return the option that says where the files of FLAME are."""
+    return option(
+        'flame_path', metavar='PATH', type=PathText(), show_default='dataset_preprocessing/ffhq/deca/data',
+        help="For clips of FLAME's coefficients: generic_model.pkl with landmark_embedding.npy beside it, or the "
+             'folder of both.',
+    )  # fmt: skip
+
+
 def load_generator(path: str, device: torch.device) -> EG3DGenerator:
     """Return the averaged generator of a network file (G where it has no G_ema) on a device, in eval mode.
 
@@ -266,28 +277,48 @@ def load_mesh(generator: EG3DGenerator, obj_path: str | None, lms_path: str | No
     return fit_head(generator, read_head(obj_path, lms_path), device)
 
 
-def read_own_mesh(name: str, obj_path: str, lms_path: str | None = None) -> np.ndarray:
+def read_own_mesh(name: str, obj_path: str, lms_path: str | None = None, head=None) -> np.ndarray:
     """Return vertices and landmarks [V + 68, 3] of a mesh file; name: the option that gave it.
 
-    Landmarks are those of lms_path, else of the file beside the mesh, else the embedded head's for its topology.
+    Landmarks are those of lms_path, else of the file beside the mesh, else the head model's for its topology. head:
+    a model that the mesh has to be of; None: any mesh, and the embedded head's landmarks.
     """
     vertices = meshes.read_obj(obj_path).vertices
-    beside = pathlib.Path(obj_path).with_name(f'{pathlib.Path(obj_path).stem}{LANDMARK_ENDING}')
-    if lms_path is not None or beside.exists():
+    beside = pathlib.Path(obj_path).with_name(f'{pathlib.Path(obj_path).stem}{driving.LANDMARK_ENDING}')
+    has_landmarks = lms_path is not None or beside.exists()
+    if head is None and not has_landmarks:
+        head = load_embedded_head()
+    if head is not None and len(vertices) != head.num_vertices:
+        raise click.UsageError(f'{name}: {obj_path}: expected {head.num_vertices} vertices, found {len(vertices)}.')
+    if has_landmarks:
         return meshes.stack_mesh(vertices, meshes.read_landmarks(lms_path or beside))[0]
-    head = load_embedded_head()
-    if len(vertices) != len(head.mean):
-        raise click.UsageError(f'{name}: {obj_path}: expected {len(head.mean)} vertices, found {len(vertices)}.')
     return meshes.stack_mesh(vertices, head.landmarks(torch.from_numpy(vertices)[None])[0].numpy())[0]
 
 
-def fit_clip(generator: Next3DGenerator, clip: Clip, name: str) -> None:
+def open_clip(path: str, retarget: str | None = None, **options) -> driving.Clip:
+    """Return the clip of --drive-root or --drive, its motion on the neutral mesh --retarget where that is given.
+
+    options: those of `driving.open_clip`.
+    """
+    clip = driving.open_clip(path, retarget is not None, **options)
+    if retarget is None:
+        return clip
+    return driving.Retargeted(clip, read_own_mesh('--retarget', retarget, head=clip.coefficients.head))
+
+
+def fit_clip(generator: Next3DGenerator, clip: driving.Clip, name: str) -> None:
     """Refuse a driving clip whose meshes are not of the network's topology; name: the option that gave it."""
     if clip.num_vertices != generator.num_vertices:
         raise click.UsageError(
             f'{name}: expected meshes of the {generator.num_vertices} vertices that the network was trained with, '
             f'found {clip.num_vertices}.'
         )
+
+
+def frame_bar(frames: Iterable, count: int, name: str) -> Iterable:
+    """Return frames behind a progress bar that tells frames a second, however slow, and the time left."""
+    form = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]'
+    return tqdm(frames, name, count, unit='frame', mininterval=BAR_EVERY_SECONDS, bar_format=form)
 
 
 def frames_folder(video: pathlib.Path, is_wanted: bool, root: str | None = None) -> pathlib.Path | None:

@@ -7,7 +7,6 @@ import pathlib
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import cli
 from geometry import paths
@@ -19,7 +18,6 @@ FPS = 60
 NAME = 'interpolation.mp4'
 PIVOTS = {'FFHQ': None, 'Cats': (0.0, 0.0, 0.0)}  # Where cameras look; None: the checkpoint's point.
 ORBIT_DEG = 30
-BAR_EVERY_SECONDS = 0.5
 
 
 @click.command(cls=cli.Command)
@@ -33,6 +31,10 @@ BAR_EVERY_SECONDS = 0.5
 @cli.flag('lms_cond', help='Accepted for the published command lines; landmarks are always read.')
 @cli.option('drive', metavar='DIR|NPZ', type=cli.PathText(),
             help='In place of --obj_path: a driving clip, played forwards and backwards.')
+@cli.option('retarget', metavar='OBJ', type=cli.PathText(),
+            help="With --drive, the heads' own neutral mesh: the clip's coefficients move it, its shape stays.")
+@cli.flame_path()
+@cli.flag('skip_missing', help='Leave out frames of the clip that lack a file or hold a broken one.')
 @cli.option('trunc', metavar='PSI', type=cli.FiniteFloat(), default=1.0, show_default=True, help='Truncation.')
 @cli.option('trunc_cutoff', metavar='N', type=click.IntRange(min=0), show_default='14 in published networks',
             help="Truncate this many of the first w vectors; default: all but the texture's.")
@@ -72,7 +74,10 @@ def main(network, seeds, outdir, obj_path, lms_path, drive, device, **options):
     angles = functools.partial(_angles, options)
     if drive is not None and (obj_path or lms_path):
         raise click.UsageError('--drive: expected none with --obj_path and --lms_path, it brings its own meshes.')
-    clip = None if drive is None else driving.open_clip(drive, needs_labels=False)
+    if drive is None and options['retarget'] is not None:
+        raise click.UsageError('--retarget: expected --drive with it, got none.')
+    choices = {name: options[name] for name in ('retarget', 'flame_path', 'skip_missing')}
+    clip = None if drive is None else cli.open_clip(drive, **choices, needs_labels=False)
     head = cli.read_head(obj_path, lms_path)
     click.echo(f'Loading networks from "{network}"...')
     generator = cli.load_next3d(network, device)
@@ -134,10 +139,9 @@ def _write_video(synthesizer, path: pathlib.Path, cells, mesh, angles, options):
     shared = loop.at(0) if loop.is_constant else None
     choices = dict(resolution=options['nrr'], image_mode=options['image_mode'])
     wall = avatar.Wall(synthesizer, len(keyframes), columns, shared, v, **choices)
-    bar = functools.partial(tqdm, total=count, unit='frame', desc=path.name, mininterval=BAR_EVERY_SECONDS)
     pictures = cli.frames_folder(path, options['save_frames'], options['save_root'])
     with cli.naming(path), video_file(path, options['fps'], frames=pictures) as add:
-        for drawn in bar(avatar.stream(wall, frames())):
+        for drawn in cli.frame_bar(avatar.stream(wall, frames()), count, path.name):
             add(avatar.tile(drawn, columns, rows))
 
 

@@ -126,13 +126,15 @@ def _head(num_vertices, truth):
 
 
 def read_truth(source: Source) -> Truth | None:
-    """Return the coefficients beside a data set, by its items; None where there are none."""
+    """Return the coefficients beside a data set, by its items; None where there are none, or fits of FLAME."""
     folder = source.path if isinstance(source, PackedSource) else pathlib.Path(source.images.path).expanduser().parent
     path = pathlib.Path(folder) / COEFFICIENTS_FILE
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
+            if 'exp' in file.files:  # FLAME's, for driving: fitted, not known.
+                return None
             rows = {name: i for i, name in enumerate(file['names'].tolist())}
             order = [rows[name] for name in source.names]
             names = tuple(file['expression_names'].tolist())

@@ -2,7 +2,6 @@
 """Reenact: avatars of seeds with the face and the camera of a driving clip."""
 
 import collections
-import functools
 import math
 import pathlib
 
@@ -10,7 +9,6 @@ import click
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import cli
 from geometry import cameras, paths
@@ -24,7 +22,6 @@ FPS = 30  # Where nothing says what the clip has, as published.
 NAME = 'reenactment.mp4'
 CAMERA_WINDOW = 3  # The published script took the mean of so many.
 WIDEST_ROW = 4
-BAR_EVERY_SECONDS = 0.5
 
 
 class Window(click.ParamType):
@@ -61,6 +58,7 @@ class Window(click.ParamType):
             help='Diagonal field of view of the frontal camera.')
 @cli.option('retarget', metavar='OBJ', type=cli.PathText(),
             help="The avatars' own neutral mesh: the clip's coefficients move it, its shape stays.")
+@cli.flame_path()
 @cli.option('smooth_camera', type=Window(), default=CAMERA_WINDOW, show_default=True,
             help='Average cameras over so many frames; 1: none.')
 @cli.option('smooth_mesh', type=Window(), default=1, show_default=True, help='Average meshes over so many frames.')
@@ -85,7 +83,8 @@ def main(drive_root, network, outdir, seeds, device, **options):
     name = _file_name(options['fname'])
     grid, shows_driving = _grid(options['grid'], len(seeds))
     source = None if options['video'] is None else video.probe(options['video'])
-    clip = _open_clip(drive_root, options)
+    choices = {name: options[name] for name in ('retarget', 'skip_missing', 'flame_path')}
+    clip = cli.open_clip(drive_root, **choices, needs_labels=not options['fixed_camera'], limit=options['num_frames'])
     rate = options['fps'] or (source and source.fps) or clip.fps or FPS
     click.echo(f'Loading networks from "{network}"...')
     generator = cli.load_next3d(network, device)
@@ -116,13 +115,6 @@ def _grid(grid, count):
     return grid, cells > count
 
 
-def _open_clip(drive_root, options):
-    needs_labels = not options['fixed_camera']
-    is_retargeted = options['retarget'] is not None
-    clip = driving.open_clip(drive_root, is_retargeted, needs_labels, options['skip_missing'], options['num_frames'])
-    return driving.Retargeted(clip, cli.read_own_mesh('--retarget', options['retarget'])) if is_retargeted else clip
-
-
 def _draw(synthesizer, clip, seeds, layout, options, path, add):
     """Draw all frames, read ahead, and add them to the video."""
     ((columns, rows), shows_driving), generator, config = layout, synthesizer.generator, synthesizer.generator.config
@@ -144,8 +136,8 @@ def _draw(synthesizer, clip, seeds, layout, options, path, add):
                 shown.append(_fitted(clip.picture(number), side))
             yield avatar.Frame(labels[number], None, torch.from_numpy(mesh)[None])
 
-    bar = functools.partial(tqdm, total=len(clip.names), unit='frame', desc=path.name, mininterval=BAR_EVERY_SECONDS)
-    for drawn in bar(avatar.stream(wall, frames(), mesh_picture)):
+    drawn_frames = avatar.stream(wall, frames(), mesh_picture)
+    for drawn in cli.frame_bar(drawn_frames, len(clip.names), path.name):
         add(avatar.tile([shown.popleft(), *drawn] if shown else drawn, columns, rows))
 
 

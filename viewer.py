@@ -45,6 +45,7 @@ SLIDER_STEP = 0.01
 @cli.flag('lms_cond', help='Accepted for the published command lines; landmarks are always read.')
 @cli.option('drive_root', metavar='DIR|NPZ', type=cli.PathText(),
             help='Driving clip to play: FRAME.obj and FRAME_kpt2d.txt of each frame, or one .npz.')
+@cli.flame_path()
 @cli.flag('skip_missing', help='Leave out frames of the clip that lack a file or hold a broken one.')
 @cli.option('seed', metavar='N', type=click.IntRange(0, cli.MAX_SEED), default=0, show_default=True,
             help='Who is shown first.')
@@ -156,7 +157,7 @@ def make_studio(generator, own: np.ndarray | None, options: dict) -> live.Studio
         raise click.UsageError(f'--obj_path: expected {generator.num_vertices} vertices, found {found}.')
     if head is None:
         click.echo("The network's head is not the embedded one: no expression sliders.", err=True)
-    clip = _open_clip(options['drive_root'], head is not None, options['skip_missing'])
+    clip = _open_clip(options, generator.num_vertices)
     if clip is not None:
         cli.fit_clip(generator, clip, '--drive_root')
     synthesizer = Synthesizer(generator, options['dtype'])
@@ -166,14 +167,29 @@ def make_studio(generator, own: np.ndarray | None, options: dict) -> live.Studio
     return live.Studio(synthesizer, own, clip, options['trunc_cutoff'], full, coarse)
 
 
-def _open_clip(drive_root, wants_coefficients, skip_missing):
-    """Return the clip, of coefficients where it has some and they fit; None: no clip was asked for."""
-    if drive_root is None:
+def _open_clip(options, num_vertices):
+    """Return the clip, of coefficients where it has some for meshes of the network, else of its meshes.
+
+    Where coefficients cannot be used but meshes can, a warning says why. None: no clip was asked for.
+    """
+    if options['drive_root'] is None:
         return None
-    if wants_coefficients:
-        with contextlib.suppress(driving.DatasetError):
-            return driving.open_clip(drive_root, True, False, skip_missing)
-    return driving.open_clip(drive_root, False, False, skip_missing)
+    choices = dict(needs_labels=False, skip_missing=options['skip_missing'], flame_path=options['flame_path'])
+    open_clip = functools.partial(driving.open_clip, options['drive_root'], **choices)
+    try:
+        clip = open_clip(with_coefficients=True)
+        if clip.num_vertices == num_vertices:
+            return clip
+        fault = f'{options["drive_root"]}: coefficients of a head of {clip.num_vertices} vertices, not {num_vertices}'
+    except driving.NoCoefficientsError:
+        return open_clip()
+    except (driving.DatasetError, FileNotFoundError) as error:
+        fault = cli.describe(error)
+    clip = open_clip()  # Where that has no meshes either, its error is all that is told.
+    if clip.num_vertices == num_vertices:
+        plays = "the clip's meshes are played, and cannot keep the avatar's face shape"
+        click.echo(f'Warning: {fault}; {plays}.', err=True)
+    return clip
 
 
 def start(server_class, studio: live.Studio, host: str, port: int, options: dict):
@@ -380,7 +396,7 @@ class Page:
         self._loops = self._watch(gui.add_checkbox('Loop', True), self._loop_set)
         self._keeps_shape = self._watch(gui.add_checkbox(
             "Keep the avatar's face shape", False, disabled=self._studio.retargeted is None,
-            hint="Take only the expression from the clip: for clips with the embedded head's coefficients.",
+            hint="Take only the expression from the clip: for clips with coefficients.",
         ))
 
     def _add_save(self):

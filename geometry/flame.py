@@ -5,8 +5,10 @@ A linear model of identity, expression and pose corrections, skinned to five joi
 eye. Rotations are axis-angle vectors in radians. 17 landmarks follow the visible contour, 51 are fixed to the skin.
 """
 
+import copy
 import math
 import os
+import pathlib
 import pickle
 import struct
 from typing import BinaryIO, NamedTuple
@@ -47,6 +49,8 @@ CHUMPY = ('chumpy.ch', 'Ch')
 SPARSE = {('scipy.sparse.csc', 'csc_matrix'), ('scipy.sparse._csc', 'csc_matrix')}
 MODEL_OBJECTS = frozenset({CHUMPY, *SPARSE})
 
+PUBLISHED_FOLDER = pathlib.Path(__file__).parents[1] / 'dataset_preprocessing' / 'ffhq' / 'deca' / 'data'
+MODEL_FILE, LANDMARK_FILE = 'generic_model.pkl', 'landmark_embedding.npy'
 MODEL_KIND = 'the FLAME 2020 or 2023 model (generic_model.pkl)'
 LANDMARK_KIND = "DECA's landmark_embedding.npy"
 WHERE_MODEL = 'register at https://flame.is.tue.mpg.de, download FLAME 2020 and unpack generic_model.pkl'
@@ -137,6 +141,23 @@ class FlameHead(HeadModel):
         if use_frontal_contour:
             rows = torch.zeros_like(rows)
         return HeadMesh(vertices, self._landmarks(vertices, rows))
+
+    @property
+    def num_vertices(self) -> int:
+        """Number of vertices V."""
+        return NUM_VERTICES
+
+    def landmarks(self, vertices: torch.Tensor) -> torch.Tensor:
+        """Return landmarks [N, 68, 3] of vertices [N, V, 3], the contour as seen from the front."""
+        return self._landmarks(vertices, torch.zeros(len(vertices), dtype=torch.long, device=vertices.device))
+
+    def worn_by(self, neutral: torch.Tensor) -> 'FlameHead':
+        """Return this head with a person's neutral mesh [V, 3] as its mean; all other buffers are shared."""
+        if neutral.shape != self.template.shape:
+            raise ValueError(f'neutral: expected {list(self.template.shape)}, got {list(neutral.shape)}')
+        head = copy.copy(self)
+        head._buffers = {**self._buffers, 'template': neutral.to(self.template)}
+        return head
 
     def joints(
         self, identity: torch.Tensor, expression: torch.Tensor, global_pose=None, neck_pose=None, jaw_pose=None,
@@ -258,6 +279,13 @@ def load_flame(
         **corners,
     )
     return FlameHead(model, template, num_identity, num_expression)
+
+
+def load_flame_beside(path: str | os.PathLike, **options) -> FlameHead:
+    """Return `load_flame` of a folder, or of a model file, with landmark_embedding.npy in the same folder."""
+    path = pathlib.Path(path).expanduser()
+    model = path / MODEL_FILE if path.is_dir() or not path.suffix else path
+    return load_flame(model, model.with_name(LANDMARK_FILE), **options)
 
 
 def _read_model(path):

@@ -140,6 +140,11 @@ class EmbeddedHead(HeadModel):
         self.register_buffer('region_masks', torch.from_numpy(arrays['regions']), persistent=False)
 
     @property
+    def num_vertices(self) -> int:
+        """Number of vertices V."""
+        return len(self.mean)
+
+    @property
     def regions(self) -> dict[str, torch.Tensor]:
         """Vertices of each named region, bool [V]."""
         return dict(zip(self.region_names, self.region_masks, strict=True))

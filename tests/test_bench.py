@@ -2,12 +2,14 @@
 """The harness of the benchmarks, on the CPU: JSON, comparison, messages, and that the scripts which use it run."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 from parity import ROOT
+from video_data import tiny_network
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
@@ -74,3 +76,15 @@ def test_bm_bias_act_runs(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
     results = json.loads((tmp_path / 'new.json').read_text())['results']
     assert 'bias_act 4x128x4x4 float16 NHWC ref forward+backward' in results and len(results) == 16
+
+
+def test_bm_video_runs(tmp_path):
+    tiny_network(tmp_path / 'tiny.pkl')
+    words = ['--networks', 'tiny.pkl', '--grids', '2x1', '--cases', 'camera, mesh', '--frames=3', '--rounds=1']
+    words += ['--frames-published=2', '--device=cpu', '--json=v.json']
+    command = [sys.executable, ROOT / 'benchmarks' / 'bm_video.py', *words]
+    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120, text=True).stdout
+    assert re.match(r'network +grid.*\ntiny +2x1 +camera, mesh +[\d.]+ /s +[\d.]+ /s +[\d.]+\n', shown), shown
+    results = json.loads((tmp_path / 'v.json').read_text())['results']
+    assert set(results) == {f'tiny, 2x1, camera, mesh, {who}' for who in ('published way', 'ours')}
+    assert all(result['frames_per_s'] > 0 for result in results.values())

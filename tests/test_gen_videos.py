@@ -2,6 +2,7 @@
 """gen_videos_next3d.py: what the files hold, closed loops, work that is done once, and one line for each bad input."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from scipy.interpolate import interp1d
 from test_generator import meshes
 from video_data import CODEC_ERROR, SIDE, decode, difference, driving_folder, label, leftovers, plain, run, tiny_network
 
+import cli
 import gen_videos_next3d
+import reenact_avatar_next3d
 from geometry import paths
 from training import avatar, video
 from training.generator import Next3DGenerator
@@ -100,6 +103,35 @@ def test_camera_paths():
     assert np.allclose(labels[2, [3, 7, 11]], [0, 0, -2.7], atol=1e-5)
 
 
+PUBLISHED = {
+    gen_videos_next3d: (
+        'network seeds grid outdir obj_path lms_path lms_cond trunc trunc-cutoff shuffle-seed num-keyframes w-frames '
+        'cfg image_mode sample_mult nrr interpolate save_root reload_modules'
+    ),
+    reenact_avatar_next3d: (
+        'drive_root network grid seeds outdir fname trunc trunc-cutoff lms_cond fixed_camera num_frames fov-deg'
+    ),
+}
+
+
+@pytest.mark.parametrize('script', PUBLISHED, ids=lambda script: script.__name__)
+def test_published_flags_in_both_spellings(script):
+    spellings = {name for option in script.main.params for name in option.opts}
+    for name in PUBLISHED[script].split():
+        assert {f'--{name.replace("-", "_")}', f'--{name.replace("_", "-")}'} <= spellings
+
+
+def test_slow_frames_are_told_in_frames_a_second(capsys):
+    def slow():
+        for _ in range(3):
+            time.sleep(1.1)
+            yield None
+
+    list(cli.frame_bar(slow(), 3, 'a.mp4'))
+    last = capsys.readouterr().err.split('\r')[-1]
+    assert re.search(r'^a.mp4: 100%.* 3/3 \[00:0[34]<00:00, +0\.\d+frame/s\]', last), last
+
+
 def test_one_video_for_each_seed(network, tmp_path):
     words = ['--seeds=5,6', '--interpolate=False', '--w_frames=2', '--fixed', '--fps=24', '--save-frames']
     assert make(network, tmp_path, *words).code == 0
@@ -108,6 +140,9 @@ def test_one_video_for_each_seed(network, tmp_path):
     assert a.shape == (2, SIDE, SIDE, 3) and facts.fps == 24
     assert difference(a[0], a[1]) < 1 and difference(a, b) > 5
     assert (tmp_path / '5/00000.png').read_bytes() == (tmp_path / '5/00001.png').read_bytes()
+    (tmp_path / '5/notes.txt').touch()
+    assert make(network, tmp_path, *words, '--w_frames=1').code == 0  # Frames of the longer video would lie between.
+    assert leftovers(tmp_path / '5') == ['00000.png', 'notes.txt'] and leftovers(tmp_path / '6') == ['00000.png']
 
 
 @pytest.mark.parametrize('mode, side', [('image_raw', 5), ('image_depth', 7)])
@@ -145,6 +180,12 @@ def test_meshes_of_a_clip_go_there_and_back(network, tmp_path):
     for number, name in enumerate(('f1', 'f2', 'f10', 'f2')):
         assert difference(pictures[number], plain(network, 3, label(), frames[name].mesh)) < CODEC_ERROR
     assert make(network, tmp_path / 'out', '--seeds=3', *drive).message.startswith('Error: --drive: expected none with')
+    (tmp_path / 'drive/f2.obj').write_text('v 1 2 x\n')
+    assert 'f2.obj: expected vertices' in make(network, tmp_path / 'out', '--seeds=3', mesh=drive).message
+    words = ['--seeds=3', '--w-frames=2', '--fixed', '--fps=2', '--skip-missing']
+    assert make(network, tmp_path / 'out', *words, mesh=drive).code == 0
+    pictures, _ = decode(tmp_path / 'out/interpolation.mp4')
+    assert difference(pictures[1], plain(network, 3, label(), frames['f10'].mesh)) < CODEC_ERROR
 
 
 def test_what_does_not_change_is_computed_once(network, monkeypatch):

@@ -285,6 +285,8 @@ def test_without_coefficients_the_pictures_tell_what_drives(subject, people, tmp
     (tmp_path / 'copy' / 'coefficients.npz').write_bytes(b'PK\x03\x04 cut')
     with pytest.raises(MetricError, match='coefficients of the data set'):
         measure.read_truth(open_source(tmp_path / 'copy', None))
+    np.savez(tmp_path / 'copy' / 'coefficients.npz', names=['a'], exp=np.zeros([1, 50]))  # FLAME's: a fit, no truth.
+    assert measure.read_truth(open_source(tmp_path / 'copy', None)) is None
 
 
 def test_meshes_are_those_of_coefficients(subject):

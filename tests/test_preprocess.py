@@ -529,6 +529,26 @@ def test_meshes_are_written(tmp_path, toy_deca):
     assert (tmp_path / 'lms' / 'a' / 'b.txt').exists()
 
 
+def test_codes_are_gathered_for_driving(tmp_path, toy_deca):
+    for name in ('b', 'a', 'c/d'):
+        picture_and_landmarks(tmp_path, name)
+    options = dict(images=tmp_path / 'images', points68=tmp_path / 'points', out=tmp_path / 'out', coefficients=True)
+    refused(fit_meshes, '--coefficients: expected --codes with it, got none', **options)
+    (tmp_path / 'points' / 'b.txt').unlink()  # No face: no row.
+    options['codes'] = tmp_path / 'codes'
+    assert '1 without a face' in run(fit_meshes, **options).output
+    codes = toy_deca[0].numpy()
+    for path, names in (('out/coefficients.npz', ['a']), ('out/c/coefficients.npz', ['d'])):
+        with np.load(tmp_path / path, allow_pickle=False) as written:
+            assert sorted(written) == ['exp', 'eye_pose', 'names', 'pose', 'shape']
+            assert written['names'].tolist() == names and np.array_equal(written['pose'], codes[None, 200:206])
+            assert np.array_equal(written['shape'], codes[None, :100]) and written['eye_pose'].shape == (1, 6)
+    (tmp_path / 'codes' / 'a.npz').write_bytes(b'PK cut')
+    result = run(fit_meshes, **options)
+    assert result.exit_code == 1
+    assert result.output.endswith('a.npz: expected codes, found a file without: delete it, run again\n')
+
+
 def test_meshes_of_bad_input_are_told(tmp_path, toy_deca):
     picture_and_landmarks(tmp_path)
     options = dict(images=tmp_path / 'images', points68=tmp_path / 'points', out=tmp_path / 'out')

@@ -29,6 +29,7 @@ from video_data import (
     tiny_network,
 )
 
+import cli
 import reenact_avatar_next3d
 from geometry import cameras, paths
 from geometry.head_model import load_embedded_head
@@ -247,8 +248,7 @@ def test_retargeting_keeps_the_shape(talking, tmp_path):
     identity = torch.randn(1, head.num_identity, generator=torch.Generator().manual_seed(2))
     own = head(identity, head.expression()).stacked()[0].numpy()
     (tmp_path / 'own.obj').write_text(obj_text(own[:-68]) + 'f 1 2 3\n')
-    options = dict(fixed_camera=False, skip_missing=False, num_frames=None, retarget=str(tmp_path / 'own.obj'))
-    clip = reenact_avatar_next3d._open_clip(talking, options)
+    clip = cli.open_clip(talking, str(tmp_path / 'own.obj'))
     expected = head(identity, head.expression(jawOpen=0.7, mouthSmileLeft=0.6)).stacked()[0].numpy()
     assert clip.fps == 25
     assert np.allclose(clip.mesh(0), own, atol=1e-6) and np.allclose(clip.mesh(1), expected, atol=1e-6)

@@ -25,7 +25,7 @@ from video_data import label, plain, run, tiny_network
 import viewer
 from geometry import cameras, expressions, orbit
 from geometry.head_model import ARKIT_NAMES, load_embedded_head
-from training import avatar, live
+from training import avatar, driving, live
 from training.checkpoint import save_snapshot
 from training.config import Next3DConfig
 from training.generator import Next3DGenerator
@@ -67,7 +67,7 @@ def clip_path(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def studio(network, clip_path):
-    clip = viewer._open_clip(clip_path, True, False)
+    clip = driving.open_clip(clip_path, needs_labels=False)
     return live.Studio(Synthesizer(network.generator), None, clip, None, 8, 4)
 
 

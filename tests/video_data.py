@@ -27,9 +27,10 @@ SIDE = 128  # Of a tiny network's pictures.
 CODEC_ERROR = 6  # Mean difference of bytes that H.264 may add to these pictures.
 
 
-def tiny_network(path, is_embedded=False):
-    """Save a tiny network over the demo head, or the embedded one; return its path and the generator."""
-    parts = load_topology(ROOT / 'data/head/head_template.obj', 32) if is_embedded else topology()
+def tiny_network(path, is_embedded=False, template=None):
+    """Save a tiny network over the simple head, the embedded one or a template's; return its path and the generator."""
+    template = ROOT / 'data/head/head_template.obj' if is_embedded else template
+    parts = topology() if template is None else load_topology(template, 32)
     generator = random_weights(Next3DGenerator(Next3DConfig(**TINY | HEAD), *parts)).eval().requires_grad_(False)
     for block in (generator.superresolution.block0, generator.superresolution.block1):
         block.torgb.weight.mul_(0.05)  # Smooth pictures, which a codec keeps.

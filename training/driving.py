@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from geometry import paths
-from geometry.head_model import load_embedded_head
 from geometry.meshes import NUM_LANDMARKS, MeshFileError, parse_landmarks, parse_obj_vertices
+from training.coefficients import floats, has_coefficients, read_coefficients
 from training.config import LABEL_LENGTH
 from training.data_checks import MIRROR_ENDING
 from training.dataset import LABEL_FILE, PICTURE_ENDINGS, PICTURE_ERRORS, read_labels
@@ -25,6 +25,10 @@ MESH_ENDING, LANDMARK_ENDING = '.obj', '_kpt2d.txt'
 COEFFICIENTS_FILE = 'coefficients.npz'
 FAULTS_TOLD = 5
 CHECKED_AT_A_TIME = 64
+
+
+class NoCoefficientsError(DatasetError):
+    """A clip without coefficients, where they were asked for."""
 
 
 class Clip(Protocol):
@@ -48,18 +52,20 @@ def open_clip(
     needs_labels: bool = True,
     skip_missing: bool = False,
     limit: int | None = None,
+    flame_path: str | os.PathLike | None = None,
 ) -> Clip:
     """Return the clip of a folder, or of an .npz file.
 
-    with_coefficients: make the meshes from coefficients of the embedded head, even where the clip has some; a clip
-    without meshes is made so anyway. needs_labels: whether
-    cameras are used. skip_missing: leave frames out that lack something; otherwise the first of them raise
-    DatasetError, which names the files. limit: use at most so many frames.
+    with_coefficients: make the meshes from coefficients of a head model, even where the clip has some; a clip without
+    meshes is made so anyway. NoCoefficientsError where it has none. needs_labels: whether cameras are used.
+    skip_missing: leave frames out that lack something; otherwise the first of them raise DatasetError, which names the
+    files. limit: use at most so many frames. flame_path: FLAME's model file or its folder, for its coefficients; None:
+    the published place.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix.lower() == '.npz':
-        return PackedClip(path, with_coefficients, needs_labels, limit)
-    return FolderClip(path, with_coefficients, needs_labels, skip_missing, limit)
+        return PackedClip(path, with_coefficients, needs_labels, limit, flame_path)
+    return FolderClip(path, with_coefficients, needs_labels, skip_missing, limit, flame_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +79,7 @@ class FolderClip:
     coefficients.npz takes the place of meshes where asked for. Arguments as those of `open_clip`.
     """
 
-    def __init__(self, path, with_coefficients: bool, needs_labels: bool, skip_missing: bool, limit: int | None):
+    def __init__(self, path, with_coefficients, needs_labels, skip_missing, limit, flame_path=None):
         self._files = FileSet(path)
         self._present = {name for name in self._files.names() if '/' not in name}
         self.coefficients, self.fps, self._num_points = None, None, None
@@ -81,9 +87,10 @@ class FolderClip:
             where = self._files.path / COEFFICIENTS_FILE
             arrays = _load_npz(where)
             self.fps = _fps(where, arrays)
-            self.coefficients = Coefficients(where, arrays) if with_coefficients else None
+            self.coefficients = read_coefficients(where, arrays, flame_path) if with_coefficients else None
         elif with_coefficients:
-            raise DatasetError(f'{path}/{COEFFICIENTS_FILE}: expected coefficients of a head model, found no such file')
+            where = f'{path}/{COEFFICIENTS_FILE}'
+            raise NoCoefficientsError(f'{where}: expected coefficients of a head model, found no such file')
         table = self._labels() if needs_labels else {}
         frames = self._frames(table)
         faults, complete = [], []
@@ -200,54 +207,25 @@ def _natural(stem):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Coefficients
-
-
-class Coefficients:
-    """identity [I] and expression [T, E] of the embedded head, rows by frame."""
-
-    def __init__(self, where: str | os.PathLike, arrays: dict[str, np.ndarray]):
-        if 'names' not in arrays or 'expression' not in arrays:
-            raise DatasetError(f'{where}: expected arrays names and expression, found {", ".join(sorted(arrays))}')
-        names = [_stem(str(name)) for name in arrays['names'].reshape(-1)]
-        self.rows = {name: row for row, name in enumerate(names) if not name.endswith(MIRROR_ENDING)}
-        head = self.head = load_embedded_head()
-        expression = _floats(where, 'expression', arrays['expression'], [len(names), head.num_expression])
-        identity = arrays.get('identity', np.zeros(head.num_identity))
-        identity = _floats(where, 'identity', identity.reshape(-1), [head.num_identity])
-        given = tuple(str(name) for name in arrays.get('expression_names', head.expression_names))
-        if given != head.expression_names:
-            raise DatasetError(f"{where}: expression_names: expected those of the embedded head, found others")
-        self._expression, self.identity = torch.from_numpy(expression), torch.from_numpy(identity)[None]
-
-    @torch.no_grad()
-    def mesh(self, name: str) -> np.ndarray:
-        """Return the mesh [V + 68, 3] of a frame."""
-        row = self.rows[name]
-        return self.head(self.identity, self._expression[row : row + 1]).stacked()[0].numpy()
+# Another face
 
 
 class Retargeted:
-    """A clip's expressions on another head: mesh [V + 68, 3], which the clip's coefficients move but do not replace.
+    """A clip's expressions on another head: neutral mesh [V + 68, 3], which the clip's coefficients move.
 
-    The embedded head is linear: what expressions add does not depend on who makes them. The clip has to have been
-    opened with_coefficients.
+    The clip has to have been opened with_coefficients.
     """
 
     def __init__(self, clip: Clip, mesh: np.ndarray):
-        coefficients = clip.coefficients
-        with torch.no_grad():
-            expression = torch.zeros(1, coefficients.head.num_expression)
-            neutral = coefficients.head(coefficients.identity, expression).stacked()[0].numpy()
-        if mesh.shape != neutral.shape:
-            expected, found = (len(x) - NUM_LANDMARKS for x in (neutral, mesh))
+        expected, found = clip.coefficients.head.num_vertices, len(mesh) - NUM_LANDMARKS
+        if found != expected:
             raise DatasetError(f"mesh to retarget to: expected the head model's {expected} vertices, found {found}")
-        self._clip, self._offset = clip, mesh - neutral
+        self._mesh_of = clip.coefficients.worn_by(mesh)
         self.names, self.labels, self.fps, self.num_vertices = clip.names, clip.labels, clip.fps, clip.num_vertices
         self.picture = clip.picture
 
     def mesh(self, index):
-        return (self._clip.mesh(index) + self._offset).astype(np.float32)
+        return self._mesh_of(self.names[index])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,13 +238,15 @@ class PackedClip:
     Meshes that np.savez stored stay on the disk; those of np.savez_compressed are taken into memory.
     """
 
-    def __init__(self, path: pathlib.Path, with_coefficients: bool, needs_labels: bool, limit: int | None):
+    def __init__(self, path: pathlib.Path, with_coefficients: bool, needs_labels: bool, limit, flame_path=None):
         arrays = _load_npz(path, leave={'mesh', 'pictures'})
         shapes = {name: value.shape for name, value in arrays.items()}
-        main = 'expression' if with_coefficients or 'mesh' not in arrays else 'mesh'
+        expression = 'expression' if 'expression' in arrays else 'exp'
+        main = expression if with_coefficients or 'mesh' not in arrays else 'mesh'
         if not shapes.get(main):
             wanted = 'expression [T, E]' + ('' if with_coefficients else f' or mesh [T, V + {NUM_LANDMARKS}, 3]')
-            raise DatasetError(f'{path}: expected an array {wanted}, found {", ".join(sorted(shapes)) or "none"}')
+            kind = NoCoefficientsError if not has_coefficients(arrays) else DatasetError
+            raise kind(f'{path}: expected an array {wanted}, found {", ".join(sorted(shapes)) or "none"}')
         count = shapes[main][0]
         arrays.setdefault('names', np.array([f'{i:05d}' for i in range(count)]))
         names = [_stem(str(name)) for name in arrays['names'].reshape(-1)]
@@ -274,7 +254,7 @@ class PackedClip:
             raise DatasetError(f'{path}: expected names of {count} frames, at least 1, found {len(names)}')
         kept = [i for i, name in enumerate(names) if not name.endswith(MIRROR_ENDING)][:limit]
         self._rows, self.names = kept, [names[i] for i in kept]
-        self.coefficients = None if main == 'mesh' else Coefficients(path, arrays)
+        self.coefficients = None if main == 'mesh' else read_coefficients(path, arrays, flame_path)
         self.fps = _fps(path, arrays)
         self.labels = self._checked_labels(path, arrays, count)[kept] if needs_labels else None
         self._mesh, self._pictures = arrays.get('mesh'), arrays.get('pictures')
@@ -303,7 +283,7 @@ class PackedClip:
     def _checked_labels(path, arrays, count):
         if 'labels' not in arrays:
             raise DatasetError(f'{path}: expected an array labels [{count}, {LABEL_LENGTH}], or --fixed-camera')
-        labels = _floats(path, 'labels', arrays['labels'], [count, LABEL_LENGTH])
+        labels = floats(path, 'labels', arrays['labels'], [count, LABEL_LENGTH])
         for number, label in enumerate(labels):
             if not paths.is_pose(label):
                 raise DatasetError(f'{path}: labels of frame {number}: expected a rotation in the camera pose')
@@ -348,16 +328,6 @@ def _load_npz(path, leave=()):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DatasetError(f'{path}: expected an .npz of arrays, found none that can be read: {reason}') from None
-
-
-def _floats(where, name, array, shape):
-    try:
-        array = np.asarray(array, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise DatasetError(f'{where}: {name}: expected numbers {shape}, found {array.dtype}') from None
-    if list(array.shape) != shape or not np.isfinite(array).all():
-        raise DatasetError(f'{where}: {name}: expected finite numbers {shape}, found {list(array.shape)}')
-    return array
 
 
 def _fps(where, arrays):

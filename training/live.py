@@ -64,7 +64,7 @@ class Studio:
         self.pivot, self.radius = config.avg_camera_pivot, config.avg_camera_radius
         self.head = embedded_head_of(generator)
         self.mesh = self._mean_mesh() if mesh is None else np.asarray(mesh, dtype=np.float32)
-        has_coefficients = self.head is not None and getattr(clip, 'coefficients', None) is not None
+        has_coefficients = getattr(clip, 'coefficients', None) is not None
         self.retargeted = Retargeted(clip, self.mesh) if has_coefficients else None
         self.resolution = synthesizer._resolution(resolution)
         self.coarse = min(self.resolution, self.resolution if coarse is None else coarse)

@@ -18,6 +18,7 @@ from PIL import Image
 from dnnlib.util import atomic_path, clear_leftovers
 
 FRAMES_WAITING = 8  # Pictures between drawing and encoding: enough to even out their paces.
+FRAME_NAME = '{:05d}.png'
 QUALITY = 17  # x264's rate factor: about where H.264 can no longer be told from the picture.
 # RGB becomes the YUV of BT.709 and says so: players guess from the size otherwise, and colours shift.
 COLOURS = ('scale=in_range=pc:out_range=tv:out_color_matrix=bt709:flags=bicubic+accurate_rnd,format=yuv420p,'
@@ -76,7 +77,8 @@ def video_file(
     """Yield a function that appends a picture [H, W, 3] uint8 to an H.264 file, which appears when the block succeeds.
 
     Pictures of one size, which the caller leaves unchanged; odd sides get one more row or column. audio: a file whose
-    sound is laid under, from its start to the end of the pictures. frames: a folder for pictures 00000.png and so on.
+    sound is laid under, from its start to the end of the pictures. frames: a folder for pictures 00000.png and so on;
+    those of an earlier, longer video are removed.
     Encoding happens in a thread and a process of its own. What killed runs left of the same file is removed. Raises
     VideoError where it fails or there was no picture.
     """
@@ -136,6 +138,14 @@ class _Encoder:
             pass  # Its exit status tells.
         if self._process.wait() != 0:
             raise self._failure()
+        self._remove_old_frames()
+
+    def _remove_old_frames(self):
+        """Remove what an earlier, longer video of the same name left beyond the last frame."""
+        number = self._count
+        while self._frames is not None and (old := self._frames / FRAME_NAME.format(number)).is_file():
+            old.unlink()
+            number += 1
 
     def stop(self):
         """End thread and process, whatever happened."""
@@ -161,7 +171,7 @@ class _Encoder:
 
     def _write(self, picture):
         if self._frames is not None:
-            with atomic_path(self._frames / f'{self._count:05d}.png') as temporary:
+            with atomic_path(self._frames / FRAME_NAME.format(self._count)) as temporary:
                 Image.fromarray(picture).save(temporary, format='PNG', compress_level=1)
         height, width = picture.shape[:2]
         if height % 2 or width % 2:

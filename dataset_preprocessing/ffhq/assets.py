@@ -8,9 +8,9 @@ import pathlib
 from typing import NamedTuple
 
 from dataset_preprocessing.ffhq.files import PreprocessError
+from geometry.flame import LANDMARK_FILE, MODEL_FILE, PUBLISHED_FOLDER as DECA_FOLDER
 
 ROOT = pathlib.Path(__file__).resolve().parent
-DECA_FOLDER = ROOT / 'deca' / 'data'
 FACEVERSE_FOLDER = ROOT / 'faceverse' / 'data'
 DEEP3D_FOLDER = ROOT / 'Deep3DFaceRecon_pytorch'
 
@@ -37,11 +37,11 @@ ASSETS = {
         'the trained model linked from https://github.com/yfeng95/DECA',
     ),
     'flame': Asset(
-        DECA_FOLDER / 'generic_model.pkl', 'meshes',
+        DECA_FOLDER / MODEL_FILE, 'meshes',
         'FLAME 2020 from https://flame.is.tue.mpg.de (registration)',
     ),
     'flame_landmarks': Asset(
-        DECA_FOLDER / 'landmark_embedding.npy', 'meshes', 'the folder data of https://github.com/yfeng95/DECA',
+        DECA_FOLDER / LANDMARK_FILE, 'meshes', 'the folder data of https://github.com/yfeng95/DECA',
     ),
     'flame_template': Asset(
         DECA_FOLDER / 'head_template.obj', 'meshes', 'the folder data of https://github.com/yfeng95/DECA',

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run DECA's encoder and FLAME, from the user's files, on cropped pictures: a mesh and a landmark file each."""
 
+import collections
 import functools
 import io
 import pathlib
 import sys
+import zipfile
+from collections.abc import Iterable
 
 import click
 import numpy as np
@@ -18,9 +21,11 @@ from dataset_preprocessing.ffhq.files import PreprocessError  # noqa: E402
 from dnnlib import atomic_write  # noqa: E402
 from geometry.flame import FlameFileError, FlameHead, load_flame  # noqa: E402
 from geometry.meshes import MeshFileError, obj_surface, obj_vertices  # noqa: E402
+from training.driving import COEFFICIENTS_FILE  # noqa: E402
 
 EXACT = '%r'  # How numbers of meshes are printed: float32 is kept.
 
+GATHERED = ('shape', 'exp', 'pose', 'eye_pose')  # What of the codes makes the mesh.
 DECA_FILES = ('deca', 'flame', 'flame_landmarks', 'flame_template')
 
 
@@ -70,14 +75,18 @@ def landmarks_text(landmarks: np.ndarray) -> str:
 @cli.option('lms', metavar='DIR', type=cli.PathText(),
             help='Where to write landmarks as <name>.txt, for training. Default: <name>_kpt2d.txt beside the mesh.')
 @cli.option('codes', metavar='DIR', type=cli.PathText(), help="Where to write DECA's codes as <name>.npz, too.")
+@cli.flag('coefficients', help='With --codes: gather them in coefficients.npz beside the meshes, for driving clips '
+          'and their --retarget.')
 @cli.option('gaze', metavar='DIR', type=cli.PathText(),
             help='<name>.txt or .npy ending in left pitch, left yaw, right pitch, right yaw; radians. Default: ahead.')
 @cli.option('deca', metavar='DIR', type=cli.PathText(), help='Folder of the files of DECA and FLAME. Default: the '
             'published place, deca/data.')
 @cli.option('device', metavar='DEVICE', type=cli.Device(), default='auto', show_default=True, help='cpu, cuda, cuda:N.')
-def main(images, points68, out, lms, codes, gaze, deca, device):
+def main(images, points68, out, lms, codes, coefficients, gaze, deca, device):
     """Write mesh and landmarks, metres and head upright, for each picture; those that are there already are kept."""
     out = pathlib.Path(out)
+    if coefficients and codes is None:
+        raise click.UsageError('--coefficients: expected --codes with it, got none.')
     codes, gaze = (None if path is None else pathlib.Path(path) for path in (codes, gaze))
     try:
         items = files.list_pictures(pathlib.Path(images))
@@ -97,8 +106,30 @@ def main(images, points68, out, lms, codes, gaze, deca, device):
             write_fit(encoder, head, seen.to(device), eyes, outputs(name))
 
         files.run_step('meshes', items, outputs, work)
+        if coefficients:
+            gather_codes(items, codes, out)
     except PreprocessError as error:
         raise click.ClickException(str(error)) from error
+
+
+def gather_codes(names: Iterable[str], codes: pathlib.Path, out: pathlib.Path) -> None:
+    """Write coefficients.npz to each folder of `out`, of the pictures in it that have codes; format: docs/videos.md."""
+    folders = collections.defaultdict(list)
+    for name in names:
+        if (codes / f'{name}.npz').exists():
+            folders[pathlib.PurePath(name).parent].append(pathlib.PurePath(name).name)
+    for folder, stems in folders.items():
+        rows = []
+        for stem in stems:
+            path = codes / folder / f'{stem}.npz'
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    rows.append([file[key] for key in GATHERED])
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise PreprocessError(f'{path}: expected codes, found a file without: delete it, run again') from error
+        arrays = dict(zip(GATHERED, map(np.stack, zip(*rows, strict=True)), strict=True))
+        with atomic_write(out / folder / COEFFICIENTS_FILE) as file:
+            np.savez(file, names=np.array(stems), **arrays)
 
 
 @torch.no_grad()
