@@ -13,7 +13,6 @@ import time
 
 import click
 import numpy as np
-import torch
 from PIL import Image
 
 import cli

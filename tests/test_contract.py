@@ -21,6 +21,8 @@ SCRIPTS = [
     'dataset_preprocessing.ffhq.labels', 'dataset_preprocessing.ffhq.fit_meshes',
     'dataset_preprocessing.ffhq.check_files', 'dataset_preprocessing.ffhq.fit_head',
     'dataset_preprocessing.ffhq.preprocess_in_the_wild',
+    'dataset_preprocessing.ffhq.runme', 'dataset_preprocessing.ffhq.write_expressions',
+    'dataset_preprocessing.rebalance',
 ]
 LISTED = subprocess.check_output(['git', 'ls-files', '*.py'], cwd=ROOT, text=True).split()
 TRACKED = [path for path in LISTED if not path.startswith('tests/data/')]

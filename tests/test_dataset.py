@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from simple_head import simple_head
 
-from dataset_preprocessing import pack
+from dataset_preprocessing import pack, packing
 from geometry import cameras
 from geometry.meshes import MeshFileError
 from geometry.mirror import LANDMARK_MIRROR, mirror_label, mirror_mesh, vertex_mirror
@@ -110,7 +110,7 @@ def test_manifest_tells_counts_shapes_and_hashes(packed):
     assert manifest['count'] == COUNT and manifest['resolution'] == SIDE
     assert manifest['shapes']['labels'] == [COUNT, 25]
     for name, digest in manifest['sha256'].items():
-        assert pack._hash(packed / name) == digest
+        assert packing._hash(packed / name) == digest
     with zipfile.ZipFile(packed / 'images.zip') as archive:
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
@@ -129,7 +129,7 @@ def test_packing_continues_after_a_cut(published, tmp_path, monkeypatch):
     bad = root / 'meshes512x512' / '00000' / 'img00000003.obj'
     text = bad.read_text()
     bad.write_text(text.replace('v ', 'v nan ', 1))
-    monkeypatch.setattr(pack, 'SAVE_EVERY', 1)
+    monkeypatch.setattr(packing, 'SAVE_EVERY', 1)
     assert 'img00000003.obj' in run_pack(root, tmp_path / 'out', code=1)
     assert not (tmp_path / 'out').exists()
     assert json.loads((tmp_path / 'out.partial' / 'progress.json').read_text())['done'] == 3

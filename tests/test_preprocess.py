@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dataset_preprocessing.ffhq import (
-    alignment, assets, crop, deca_net, deep3d_net, files, fit_cameras, fit_meshes, labels, points, resnet,
+    alignment, assets, cameras_file, crop, deca_net, deep3d_net, files, fit_cameras, fit_meshes, labels, points, resnet,
 )  # fmt: skip
 from dataset_preprocessing.ffhq.files import NoFaceError, PreprocessError
 from geometry.cameras import look_at_pose
@@ -411,7 +411,7 @@ def test_poses_in_the_middle_and_unknown_modes_are_refused():
 
 def write_coefficients(folder):
     values = np.zeros(257, np.float32)
-    fit_cameras.write_coefficients(values, folder / 'b' / 'one.npz')
+    cameras_file.write_coefficients(values, folder / 'b' / 'one.npz')
     values[224:227], values[254:] = (0.1, 0.2, -0.05), (0.05, -0.02, 0.3)
     parts = deep3d_net.split_coefficients(values[None])
     scipy.io.savemat(folder / 'a.mat', parts)

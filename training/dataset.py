@@ -17,6 +17,7 @@ from training.config import EXPRESSION_LENGTH, LABEL_LENGTH
 from training.files import DatasetError, FileSet
 
 LABEL_FILE, EXPRESSION_FILE = 'dataset.json', 'dataset_exp.json'
+REPEATS_FILE, MAX_REPEATS = 'dataset_repeats.json', 1000
 # What Pillow raises for files that it cannot read; SyntaxError: a broken PNG.
 PICTURE_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp')
@@ -35,10 +36,11 @@ class Item(NamedTuple):
 
 
 class Source(Protocol):
-    """Where items come from; `names` are those of the pictures, in order."""
+    """Where items come from; `names` are those of the pictures, in order. repeats [N]: how often training has each."""
 
     names: list[str]
     labels: np.ndarray
+    repeats: np.ndarray
 
     def image(self, index: int) -> np.ndarray:
         """Return the picture [3, R, R] uint8."""
@@ -104,6 +106,28 @@ def _parse_label(where, numbers, length, on_fault):
         return None
 
 
+def read_repeats(files: FileSet, names: list[str]) -> np.ndarray:
+    """Return how often each picture counts [N] int64, of dataset_repeats.json: {'repeats': {picture name: number}}.
+
+    Pictures that it does not name count once. Names of other pictures are ignored, as labels are. Raises DatasetError
+    for a file of another form, and numbers not from 1 to MAX_REPEATS.
+    """
+    where = f'{files.path}/{REPEATS_FILE}'
+    try:
+        table = json.loads(files.read(REPEATS_FILE))['repeats']
+        numbers = {name: table.get(name, 1) for name in names}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{where}: expected {{'repeats': {{name: number}}}} ({error})") from None
+    _expect_repeats(where, numbers)
+    return np.array(list(numbers.values()), dtype=np.int64)
+
+
+def _expect_repeats(where, numbers):
+    for name, number in numbers.items():
+        if type(number) is not int or not 1 <= number <= MAX_REPEATS:
+            raise DatasetError(f'{where}: {name}: expected a whole number from 1 to {MAX_REPEATS}, found {number!r}')
+
+
 class FolderSource:
     """The published layout: pictures with dataset.json, .obj meshes and .txt landmarks of the same names.
 
@@ -111,7 +135,8 @@ class FolderSource:
 
     with_expressions: append the 50 numbers of dataset_exp.json to the labels. on_fault: called with (where, message)
     for each label, mesh or landmark file that is missing or bad, whose picture is then left out; otherwise the first
-    one raises DatasetError. num_pictures: with those left out. unused_labels: how many are of no picture.
+    one raises DatasetError. repeats: of dataset_repeats.json. num_pictures: with those left out. unused_labels: how
+    many are of no picture.
     """
 
     def __init__(
@@ -127,7 +152,8 @@ class FolderSource:
         )  # fmt: skip
         self.landmarks = self.meshes if is_beside else FileSet(landmarks_path(rdata))
         self.landmark_ending = BESIDE_ENDING if is_beside else '.txt'
-        pictures = [name for name in self.images.names() if name.lower().endswith(PICTURE_ENDINGS)]
+        present = self.images.names()
+        pictures = [name for name in present if name.lower().endswith(PICTURE_ENDINGS)]
         if not pictures:
             raise DatasetError(f'{data}: expected pictures, found none')
         lengths = {LABEL_FILE: LABEL_LENGTH} | ({EXPRESSION_FILE: EXPRESSION_LENGTH} if with_expressions else {})
@@ -138,6 +164,9 @@ class FolderSource:
         self.names = [name for name in pictures if name in complete]
         rows = [np.concatenate([table[name] for table in tables.values()]) for name in self.names]
         self.labels = np.array(rows, dtype=np.float32).reshape(len(rows), sum(lengths.values()))
+        self.repeats = np.ones(len(self.names), dtype=np.int64)
+        if REPEATS_FILE in present:
+            self.repeats = read_repeats(self.images, self.names)
         self.num_pictures = len(pictures)
         self.unused_labels = len(tables[LABEL_FILE].keys() - set(pictures))
 
@@ -188,6 +217,11 @@ class PackedSource:
         self.manifest = read_manifest(self.path)
         self.images = FileSet(self.path / PACKED_IMAGES)
         self.names = self.manifest['names']
+        repeats = self.manifest.get('repeats', [1] * len(self.names))
+        if not isinstance(repeats, list) or len(repeats) != len(self.names):
+            raise DatasetError(f'{self.path / MANIFEST_FILE}: expected repeats of {len(self.names)} items')
+        _expect_repeats(self.path / MANIFEST_FILE, dict(zip(self.names, repeats, strict=True)))
+        self.repeats = np.array(repeats, dtype=np.int64)
         arrays = {name: self._map(name, file) for name, file in PACKED_ARRAYS.items()}
         self.labels, self._vertices, self._landmarks = arrays['labels'], arrays['vertices'], arrays['landmarks']
 
@@ -253,17 +287,20 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
 
 
 class HeadDataset:
-    """Items of a source, and their mirror images after them when `partner` is given.
+    """Items of a source, each as often as `repeats` [N] says, and their mirror images when `partner` is given.
 
+    Copies of an item follow each other; all mirror images come after all items. repeats: None for once each.
     num_vertices, resolution: what every item must have (None: what the first one has). partner: the template's
     `geometry.mirror.vertex_mirror`. label_length: numbers of a label to use (None: all). Indexing raises DatasetError
     naming the file of an item that does not fit.
     """
 
     def __init__(
-        self, source: Source, num_vertices=None, resolution=None, partner: np.ndarray | None = None, label_length=None
-    ):
+        self, source: Source, num_vertices=None, resolution=None, partner: np.ndarray | None = None, label_length=None,
+        repeats: np.ndarray | None = None,
+    ):  # fmt: skip
         self.source, self.partner = source, partner
+        self._rows = np.repeat(np.arange(len(source.names)), 1 if repeats is None else repeats)
         self.label_length = label_length or source.labels.shape[1]
         first = source.mesh(0), source.image(0)
         self.num_vertices = num_vertices or len(first[0]) - NUM_LANDMARKS
@@ -274,7 +311,7 @@ class HeadDataset:
             raise DatasetError(f'mirroring: expected a template of {self.num_vertices} vertices, found {len(partner)}')
 
     def __len__(self):
-        return len(self.source.names) * (1 if self.partner is None else 2)
+        return len(self._rows) * (1 if self.partner is None else 2)
 
     def __getitem__(self, index: int) -> Item:
         label, mesh = self.camera_and_mesh(index)
@@ -297,8 +334,8 @@ class HeadDataset:
     def _locate(self, index):
         if not 0 <= index < len(self):
             raise IndexError(f'index: expected 0 to {len(self) - 1}, got {index}')
-        count = len(self.source.names)
-        return index % count, index >= count
+        count = len(self._rows)
+        return int(self._rows[index % count]), index >= count
 
 
 def open_source(data: str | os.PathLike, rdata: str | os.PathLike | None, with_expressions: bool = False) -> Source:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
 from geometry import paths

@@ -370,7 +370,7 @@ def _open_data(config, ranks):
     )
     ranks.first_alone(check)
     partner = vertex_mirror(template.vertices) if config.mirror else None
-    data = HeadDataset(source, num_vertices, config.resolution, partner, config.label_length)
+    data = HeadDataset(source, num_vertices, config.resolution, partner, config.label_length, source.repeats)
     digest = _digest(config, source)
     try:
         ranks.check_same(f'{config.data} and {config.topology_path}', digest)
@@ -382,10 +382,12 @@ def _open_data(config, ranks):
 
 
 def _digest(config, source):
-    """Return a hash of what a run takes from files: names and labels, the template and its mask."""
+    """Return a hash of what a run takes from files: names, labels, repeats, the template and its mask."""
     template = pathlib.Path(config.topology_path)
     digest = hashlib.sha256(json.dumps(source.names).encode())
     digest.update(np.ascontiguousarray(source.labels).tobytes())
+    if (source.repeats > 1).any():
+        digest.update(source.repeats.tobytes())
     for path in (template, template.with_name(MASK_NAME)):
         digest.update(path.read_bytes() if path.exists() else b'none')
     return digest.hexdigest()

@@ -182,6 +182,13 @@ def sample_quad(
     return sampled if side == sampled_side else sampled.resize((side, side), Image.Resampling.LANCZOS)
 
 
+def points_in_quad(points: np.ndarray, quad: np.ndarray, side: int = FFHQ_SIDE) -> np.ndarray:
+    """Return where points [N, 2] of a picture lie in the `sample_quad` of corners quad [4, 2]; centres are whole."""
+    axes = np.stack([quad[3] - quad[0], quad[1] - quad[0]])  # Across and down; of equal length, at right angles.
+    away = np.asarray(points, dtype=np.float64) - quad[0]
+    return away @ axes.T / np.square(axes).sum(axis=1) * side - 0.5
+
+
 def _turned(vector):
     """Return a vector turned by 90 degrees, from right to down."""
     return np.array([-vector[1], vector[0]])

@@ -10,9 +10,9 @@ from PIL import ImageOps
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a script from any folder.
 
 import cli  # noqa: E402  (needs the path above)
-from dataset_preprocessing.ffhq import alignment, files  # noqa: E402
+from dataset_preprocessing.ffhq import files  # noqa: E402
+from dataset_preprocessing.ffhq.cropping import Cutter, realigner  # noqa: E402
 from dataset_preprocessing.ffhq.files import MIRROR, PreprocessError  # noqa: E402
-from dataset_preprocessing.ffhq.points import FivePoints, reference_points  # noqa: E402
 
 
 @click.command(cls=cli.Command)
@@ -37,7 +37,7 @@ def main(images, points, points68, out, reference, ffhq, mirror, out_points68):
     out = pathlib.Path(out)
     try:
         items = files.list_pictures(pathlib.Path(images))
-        cut = _realign(pathlib.Path(points68)) if ffhq else _Cutter(points, reference, points68, out_points68)
+        cut = realigner(pathlib.Path(points68)) if ffhq else Cutter(points, reference, points68, out_points68)
 
         def outputs(name):
             written = [out / f'{name}.png'] + ([out / f'{name}{MIRROR}.png'] if mirror else [])
@@ -52,39 +52,6 @@ def main(images, points, points68, out, reference, ffhq, mirror, out_points68):
         files.run_step('crops', items, outputs, work)
     except PreprocessError as error:
         raise click.ClickException(str(error)) from error
-
-
-class _Cutter:
-    """The crop by five points."""
-
-    def __init__(self, points, reference, points68, out_points68):
-        self.points, self.reference = FivePoints(points), reference_points(reference)
-        self.landmarks = pathlib.Path(points68) if out_points68 else None
-        self.out_points68 = pathlib.Path(out_points68) if out_points68 else None
-
-    def __call__(self, name, path):
-        five = self.points(name)
-        image = files.read_picture(path)
-        with files.naming(path):
-            crop = alignment.crop_of(alignment.place_face(five, image.height, self.reference), image.size)
-        if self.landmarks is not None:
-            found = files.read_points(self.landmarks / f'{name}.txt', 68)
-            moved = alignment.points_in_training_picture(found, image.size, crop)
-            files.write_points(moved, self.out_points68 / f'{name}.txt')
-        return alignment.training_picture(image, crop)
-
-
-def _realign(folder):
-    """Return a function (name, path) -> picture that re-aligns by the landmarks in a folder."""
-
-    def cut(name, path):
-        if not (folder / f'{name}.txt').exists():
-            raise files.NoFaceError(f'{name}: no landmarks')
-        landmarks = files.read_points(folder / f'{name}.txt', 68)
-        with files.naming(path):
-            return alignment.sample_quad(files.read_picture(path), alignment.ffhq_quad(landmarks))
-
-    return cut
 
 
 if __name__ == '__main__':

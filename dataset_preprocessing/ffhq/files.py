@@ -2,6 +2,7 @@
 """What all steps share: pictures of any kind read as RGB, names of items, and a loop that resumes and reports."""
 
 import contextlib
+import functools
 import pathlib
 import struct
 import warnings
@@ -13,13 +14,14 @@ import numpy as np
 import scipy.io
 from PIL import Image, ImageOps
 from scipy.io.matlab import MatReadError
-from tqdm import tqdm
 
+from dataset_preprocessing.parallel import in_processes
 from dnnlib import atomic_path
 
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 MIRROR = '_mirror'  # Ends the name of a mirror image.
 FAULTS_SHOWN = 20
+DONE, FAULT, FACELESS = 'done', 'fault', 'faceless'  # How the work of an item ends.
 # What scipy raises for damaged files besides the usual.
 MAT_DAMAGE = (MatReadError, NotImplementedError, zlib.error, struct.error, MemoryError, AssertionError)
 
@@ -150,20 +152,17 @@ def run_step(
     items: dict[str, pathlib.Path],
     outputs: Callable[[str], list[pathlib.Path]],
     work: Callable[[str, pathlib.Path], None],
+    workers: int = 1,
 ) -> None:
     """Do `work(name, path)` for each item some of whose output files are missing; report; raise where items failed.
 
-    An item that fails does not stop the others. Pictures without a face are told, and are no failure.
+    An item that fails does not stop the others. Pictures without a face are told, and are no failure. workers: forked
+    processes; 1 works in this one.
     """
-    todo = {name: path for name, path in items.items() if not all(file.exists() for file in outputs(name))}
+    todo = [pair for pair in items.items() if not all(file.exists() for file in outputs(pair[0]))]
     faults, faceless = [], []
-    for name, path in tqdm(todo.items(), title, delay=2):
-        try:
-            work(name, path)
-        except NoFaceError as error:
-            faceless.append(str(error))
-        except PreprocessError as error:
-            faults.append(' '.join(str(error).split()))
+    for kind, line in in_processes(functools.partial(_attempt, work), todo, workers, title, len(items)):
+        {FAULT: faults, FACELESS: faceless, DONE: []}[kind].append(line)
     for line in (faults + faceless)[:FAULTS_SHOWN]:
         click.echo(line)
     hidden = len(faults) + len(faceless) - FAULTS_SHOWN
@@ -173,3 +172,14 @@ def run_step(
     click.echo(f'{title}: {done} done, {len(items) - len(todo)} already there, {len(faceless)} without a face')
     if faults:
         raise click.ClickException(f'{title}: {len(faults)} of {len(items)} failed')
+
+
+def _attempt(work, item):
+    """Return how `work` of an item (name, path) ended, and the line to tell."""
+    try:
+        work(*item)
+    except NoFaceError as error:
+        return FACELESS, str(error)
+    except PreprocessError as error:
+        return FAULT, ' '.join(str(error).split())
+    return DONE, ''

@@ -5,14 +5,13 @@ import pathlib
 import sys
 
 import click
-import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a script from any folder.
 
 import cli  # noqa: E402  (needs the path above)
 from dataset_preprocessing.ffhq import assets, deep3d_net, files  # noqa: E402
+from dataset_preprocessing.ffhq.cameras_file import write_coefficients  # noqa: E402
 from dataset_preprocessing.ffhq.points import FivePoints, reference_points  # noqa: E402
-from dnnlib import atomic_write  # noqa: E402
 
 
 @click.command(cls=cli.Command)
@@ -40,13 +39,6 @@ def main(images, points, out, network, reference, device):
         files.run_step('cameras', items, lambda name: [out / f'{name}.npz'], work)
     except files.PreprocessError as error:
         raise click.ClickException(str(error)) from error
-
-
-def write_coefficients(values: np.ndarray, path: pathlib.Path) -> None:
-    """Write coefficients [257] by name; the file appears only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        np.savez(file, **deep3d_net.split_coefficients(values))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a script from any folder.
 
 import cli  # noqa: E402  (needs the path above)
+from dataset_preprocessing.parallel import in_processes  # noqa: E402
 from dataset_preprocessing.synthetic import store  # noqa: E402
 from dataset_preprocessing.synthetic.anatomy import load_anatomy  # noqa: E402
 from dataset_preprocessing.synthetic.paint import picture  # noqa: E402
@@ -69,7 +70,7 @@ def _bytes_needed(count, resolution, packed):
 
 def _tables(anatomy, seed, count, workers):
     """Return labels [N, 25] and the arrays of coefficients.npz: drawn again, so that no run has to remember them."""
-    people = list(store.in_processes(
+    people = list(in_processes(
         lambda index: random_person(anatomy, seed, index), range(count), workers, 'coefficients', count
     ))  # fmt: skip
     rows = [person.attributes() for person in people]

@@ -5,21 +5,18 @@ import errno
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from dataset_preprocessing.parallel import GO_ON, in_processes
 from dataset_preprocessing.synthetic.anatomy import Anatomy
 from dnnlib import atomic_write
 from geometry.head_model import DEFAULT_HEAD
@@ -42,7 +39,6 @@ TEMPORARY = '.unfinished'
 PER_FOLDER = 1000  # Pictures of a folder, as in FFHQ.
 PNG_LEVEL = 1  # Larger files by a tenth, written three times as fast.
 PICTURE_BYTES, OBJ_BYTES = 2.2, 600_000  # A pixel's, and a mesh file's: for the estimate of the space needed.
-GO_ON = 'run the same command again to go on'
 
 
 def begin(out: pathlib.Path, options: dict, num_bytes: int) -> pathlib.Path | None:
@@ -239,37 +235,6 @@ def write_all(draw: Callable[[int], tuple], store, indices: Iterable[int], worke
     except OSError as error:
         where = error.filename or store.folder
         raise DatasetError(f'{where}: cannot be written: {error.strerror or error}; {GO_ON}') from None
-
-
-def in_processes(function: Callable, items: Sequence, workers: int, what: str, total: int) -> Iterator:
-    """Yield function(item) in order, computed in forked processes, under a bar that ends at `total`.
-
-    Raises DatasetError where a process is ended.
-    """
-    bar = functools.partial(tqdm, desc=what, total=total, initial=total - len(items), delay=1)
-    if workers == 1:
-        yield from map(function, bar(items))
-        return
-    # Forked: the head and its tables are there already, and spawned processes would each import torch anew.
-    context = multiprocessing.get_context('fork')
-    try:
-        with ProcessPoolExecutor(workers, context, _begin_worker, (function,)) as pool:
-            yield from bar(pool.map(_work, items, chunksize=4))
-    except BrokenProcessPool:
-        raise DatasetError(f'{what}: a process was ended (out of memory?); {GO_ON}') from None
-
-
-_function = None
-
-
-def _begin_worker(function):
-    global _function
-    torch.set_num_threads(1)
-    _function = function
-
-
-def _work(item):
-    return _function(item)
 
 
 def finish(partial: pathlib.Path, out: pathlib.Path, arrays: dict[str, np.ndarray], with_template: bool = True):
