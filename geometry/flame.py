@@ -136,7 +136,7 @@ class FlameHead(HeadModel):
         rotations = self._rotations(len(identity), global_pose, neck_pose, jaw_pose, eye_pose)
         identity_matrix = torch.eye(3, dtype=rotations.dtype, device=rotations.device)
         correction = (rotations[:, 1:] - identity_matrix).flatten(1) @ self.pose_directions.T
-        vertices = _skin(shaped + correction.reshape(shaped.shape), self.weights, self._joints(shaped, rotations))
+        vertices = skin(shaped + correction.reshape(shaped.shape), self.weights, self._joints(shaped, rotations))
         rows = contour_rows(rotations[:, 0] @ rotations[:, 1])
         if use_frontal_contour:
             rows = torch.zeros_like(rows)
@@ -185,7 +185,7 @@ class FlameHead(HeadModel):
         return rotation_matrices(torch.cat(vectors, dim=1).reshape(batch, NUM_JOINTS, 3))
 
     def _joints(self, shaped, rotations):
-        return _pose_joints(torch.einsum('jv,nvk->njk', self.regressor, shaped), rotations)
+        return pose_joints(torch.einsum('jv,nvk->njk', self.regressor, shaped), rotations)
 
     def _landmarks(self, vertices, rows):
         batch = len(vertices)
@@ -218,7 +218,7 @@ def contour_rows(turn: torch.Tensor) -> torch.Tensor:
     return torch.where(degrees >= 0, degrees, MAX_YAW_DEG - degrees)
 
 
-def _pose_joints(rest, rotations):
+def pose_joints(rest: torch.Tensor, rotations: torch.Tensor) -> FlameJoints:
     """Return the joints of rest positions [N, 5, 3] and rotations [N, 5, 3, 3] relative to each joint's parent."""
     turns, places = [rotations[:, 0]], [rest[:, 0]]
     for joint, parent in list(enumerate(PARENTS))[1:]:
@@ -228,8 +228,8 @@ def _pose_joints(rest, rotations):
     return FlameJoints(rest, torch.stack(turns, dim=1), torch.stack(places, dim=1))
 
 
-def _skin(vertices, weights, joints):
-    """Move vertices [N, V, 3] by the weighted mean of their joints' motions (linear blend skinning)."""
+def skin(vertices: torch.Tensor, weights: torch.Tensor, joints: FlameJoints) -> torch.Tensor:
+    """Return vertices [N, V, 3] moved by the mean motion, of weights [V, 5], of joints (linear blend skinning)."""
     shift = joints.positions[..., None] - joints.rotations @ joints.rest[..., None]
     motion = torch.cat([joints.rotations, shift], dim=3)
     blended = torch.einsum('vj,njab->nvab', weights, motion)

@@ -13,9 +13,10 @@ import torch
 
 from dataset_preprocessing.ffhq import assets, deca_net, files
 from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.flame_points import read_flame_head
 from dnnlib import atomic_write
-from geometry.flame import FlameFileError, FlameHead, load_flame
-from geometry.meshes import MeshFileError, obj_surface, obj_vertices
+from geometry.flame import FlameHead
+from geometry.meshes import obj_surface, obj_vertices
 from training.driving import COEFFICIENTS_FILE
 
 EXACT = '%r'  # How numbers of meshes are printed: float32 is kept.
@@ -27,10 +28,7 @@ def load_files(folder: str | None, device: torch.device) -> tuple[deca_net.DecaE
     """Return DECA's encoder and the FLAME head of a folder laid out as deca/data; None for the published place."""
     given = {key: folder and str(pathlib.Path(folder) / assets.ASSETS[key].path.name) for key in DECA_FILES}
     paths = assets.locate(**given)
-    try:
-        head = load_flame(paths['flame'], paths['flame_landmarks'], paths['flame_template'])
-    except (FlameFileError, MeshFileError) as error:
-        raise PreprocessError(str(error)) from error
+    head = read_flame_head(paths)
     return deca_net.load_encoder(paths['deca'], device), head.to(device)
 
 

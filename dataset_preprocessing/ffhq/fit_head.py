@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit the embedded head and its camera to faces that detect.py found: one joint fit, so that mesh and camera agree."""
+"""Fit a head and its camera to faces that detect.py found: one joint fit, so that mesh and camera agree."""
 
 import pathlib
 import sys
@@ -13,7 +13,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a
 import cli  # noqa: E402  (needs the path above)
 from dataset_preprocessing.ffhq import files  # noqa: E402
 from dataset_preprocessing.ffhq.faces_file import read_faces  # noqa: E402
-from dataset_preprocessing.ffhq.fitting import HeadFitter, crops_of, fit_all, read_fit  # noqa: E402
+from dataset_preprocessing.ffhq.fitting import crops_of, fit_all  # noqa: E402
+from dataset_preprocessing.ffhq.head_choice import head_model_options, load_fitter  # noqa: E402
 from dataset_preprocessing.ffhq.points import reference_points  # noqa: E402
 
 
@@ -25,27 +26,31 @@ from dataset_preprocessing.ffhq.points import reference_points  # noqa: E402
             help='Pictures are frames of a video, so many a second: one person, smooth motion and crops.')
 @cli.option('reference', metavar='MAT', type=cli.PathText(),
             help="BFM's similarity_Lm3D_all.mat. Default: the published place, else the embedded head.")
+@head_model_options
 @cli.option('device', metavar='DEVICE', type=cli.Device(), default='auto', show_default=True, help='cpu, cuda, cuda:N.')
-def main(faces, out, same_person, fps, reference, device):
+def main(faces, out, same_person, fps, reference, head_model, flame_path, device):
     """Write <out>/<name>.npz for the largest face of each picture: identity, expression, label, gaze and error.
+
+    Of FLAME, the expression is followed by the jaw's rotation and pitch and yaw of both eyes.
 
     The crop is that of crop.py. Files that are there already are kept; the error is the median distance between found
     and fitted points, over the distance of the eyes.
     """
     out = pathlib.Path(out)
     try:
+        fitter = load_fitter(device, head_model, flame_path)
         found = files.list_files(pathlib.Path(faces), ('.json',))
         read = {name: read_faces(path)[0] for name, path in found.items()}
         kept = {name: entries[0] for name, entries in read.items() if entries}
         if kept:
             crops = dict(zip(kept, crops_of(list(kept.values()), reference_points(reference), fps), strict=True))
             with tqdm(total=len(kept), desc='fits', delay=2) as bar:
-                fit_all(HeadFitter(device), kept, crops, out, fps, same_person, bar.update)
+                fit_all(fitter, kept, crops, out, fps, same_person, bar.update)
+        errors = [float(fitter.read(out / f'{name}.npz').error) for name in kept]
     except files.PreprocessError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f'fits: {len(kept)} faces, {len(read) - len(kept)} pictures without a face')
     if kept:
-        errors = [float(read_fit(out / f'{name}.npz').error) for name in kept]
         click.echo(f'error: median {100 * np.median(errors):.2f} %, largest {100 * max(errors):.2f} % of the eyes\' '
                    'distance')  # fmt: skip
 

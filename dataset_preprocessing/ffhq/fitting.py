@@ -17,24 +17,24 @@ from dataset_preprocessing.ffhq.alignment import OUTPUT_SIDE, Crop, Placement
 from dataset_preprocessing.ffhq.dense_points import load_dense_points
 from dataset_preprocessing.ffhq.faces_file import FoundFace
 from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.flame_points import FlamePoints, load_flame_head
 from dataset_preprocessing.ffhq.head_points import EmbeddedPoints
 from dnnlib import atomic_write
 from geometry.cameras import intrinsics, make_label
-from geometry.head_model import EmbeddedHead, load_embedded_head
+from geometry.head_model import HeadMesh, load_embedded_head
 
 BATCH = 16  # Items solved together, always the same ones: rounding depends on the company.
 MAX_IDENTITY_ITEMS = 48  # Of one person's pictures, spread over all, tell the identity.
 CROP_SECONDS = 0.5  # Standard deviation, in time, of the smoothing of a video's crops.
 DECIMALS = 6  # Of what is kept.
-EYE_CORNERS = (33, 133, 362, 263)  # Outer, inner, inner, outer.
-# Degrees that the embedded head's eyeballs turn at weight 1.
-SIDEWAYS_DEG, UP_DEG, DOWN_DEG = 25.0, 18.0, 22.0
+HEAD_MODELS = ('embedded', 'flame')
 
 
 class HeadFit(NamedTuple):
     """A fit of one item: identity [100], expression [52], label [25]; points [478, 2] of the training picture in pixels
     and reprojected likewise. gaze [4]: pitch and yaw of the person's left, then right eye, radians, up and towards the
-    picture's right positive. error: median distance of both over that of the eyes."""
+    picture's right positive. error: median distance of both over that of the eyes. Of FLAME: expression [57], the local
+    coefficients of FlamePoints, and points [70, 2]."""
 
     identity: np.ndarray
     expression: np.ndarray
@@ -62,20 +62,39 @@ def points_of(face: FoundFace, crop: Crop) -> np.ndarray:
 
 
 class HeadFitter:
-    """Fits the embedded head. on_step is called after each iteration with the number of items that it was of."""
+    """Fits a head model: the embedded one, or FLAME of files at flame_path (None: the published place).
 
-    def __init__(self, device: torch.device | str = 'cpu', head: EmbeddedHead | None = None):
-        self.head = (load_embedded_head() if head is None else head).to(device)
+    Raises PreprocessError for files of FLAME that are missing or others.
+    """
+
+    def __init__(
+        self, device: torch.device | str = 'cpu', head_model: str = HEAD_MODELS[0], flame_path: str | None = None
+    ):
         # In double precision: what rounding adds, which depends on threads and memory, stays below DECIMALS.
-        self.model = EmbeddedPoints(self.head, load_dense_points(), torch.float64)
+        embedded, table, dtype = load_embedded_head(), load_dense_points(), torch.float64
+        if head_model == 'flame':
+            self.model = FlamePoints(load_flame_head(flame_path).to(device), embedded, table, dtype)
+        else:
+            self.model = EmbeddedPoints(embedded.to(device), table, dtype)
+        self.head = self.model.head
+
+    @property
+    def num_vertices(self) -> int:
+        """Number of vertices of the head."""
+        return len(self.neutral().vertices[0])
+
+    def neutral(self) -> HeadMesh:
+        """Return the mean head."""
+        zero = self.head.uvs.new_zeros
+        return self.model.mesh(zero([1, self.head.num_identity]), zero([1, len(self.model.lower)]))
 
     def batch(self, points: np.ndarray, scores: np.ndarray, identity: np.ndarray | None = None, **options):
-        """Return HeadFits of points [N, 478, 2] in the training picture and expected expressions [N, 52].
+        """Return HeadFits of points [N, 478, 2] in the training picture and expected local coefficients [N, L].
 
         identity: [100], known; options: those of `solver.fit`.
         """
-        device, dtype = self.model.mean.device, self.model.mean.dtype
-        targets = torch.tensor((points + 0.5) / OUTPUT_SIDE, device=device, dtype=dtype)
+        device, dtype = self.model.deviation.device, self.model.deviation.dtype
+        targets = torch.tensor((self.model.targets(points) + 0.5) / OUTPUT_SIDE, device=device, dtype=dtype)
         prior = torch.tensor(scores, device=device, dtype=dtype)
         groups = options.pop('groups', None)
         if groups is None:
@@ -91,33 +110,27 @@ class HeadFitter:
         groups = torch.zeros(len(chosen), dtype=torch.long)
         return self.batch(points[chosen], scores[chosen], groups=groups, **options)[0].identity
 
-    def scores_of(self, face: FoundFace) -> np.ndarray:
-        """Return the detector's scores [52] in the head's order; 0 for those it does not know."""
-        return np.array([face.expressions.get(name, 0.0) for name in self.head.expression_names], dtype=np.float32)
+    def read(self, path: pathlib.Path) -> HeadFit:
+        """Return the fit of a file; PreprocessError for another file, or a fit of another head model."""
+        fit = read_fit(path)
+        if (len(fit.identity), len(fit.expression)) != (self.model.num_identity, len(self.model.lower)):
+            raise PreprocessError(f'{path}: expected a fit of this head model, found one of another: write elsewhere')
+        return fit
 
     def _told(self, fit, targets, groups):
         identity = fit.identity[groups.to(fit.identity.device)]
         seen = solver.see(self.model.points(identity, fit.local), fit.rotation, fit.place)
         reprojected = solver.project(seen)
         labels = make_label(fit.cam2world(), intrinsics().to(targets))
-        eyes = targets[:, EYE_CORNERS[:2]].mean(dim=1) - targets[:, EYE_CORNERS[2:]].mean(dim=1)
+        first, second = self.model.eyes
+        eyes = targets[:, first].mean(dim=1) - targets[:, second].mean(dim=1)
         error = (reprojected - targets).norm(dim=2).median(dim=1).values / eyes.norm(dim=1)
         arrays = (
             identity, fit.local, labels, targets * OUTPUT_SIDE - 0.5, reprojected * OUTPUT_SIDE - 0.5,
-            gaze_of(fit.local, self.head.expression_names), error,
+            self.model.gaze(fit.local), error,
         )  # fmt: skip
         rounded = (array.cpu().numpy().round(DECIMALS).astype(np.float32) for array in arrays)
         return [HeadFit(*row) for row in zip(*rounded, strict=True)]
-
-
-def gaze_of(expression: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-    """Return gaze [N, 4] of expressions [N, 52]: pitch and yaw of the person's left and right eye, as in HeadFit."""
-    weight = {name: expression[:, column] for column, name in enumerate(names)}
-    angles = []
-    for side, outwards in (('Left', 1), ('Right', -1)):  # The person's left eye is on the picture's right.
-        angles.append(UP_DEG * weight[f'eyeLookUp{side}'] - DOWN_DEG * weight[f'eyeLookDown{side}'])
-        angles.append(outwards * SIDEWAYS_DEG * (weight[f'eyeLookOut{side}'] - weight[f'eyeLookIn{side}']))
-    return torch.stack(angles, dim=1).deg2rad()
 
 
 def fit_all(
@@ -134,8 +147,12 @@ def fit_all(
     if all((folder / f'{name}.npz').exists() for name in names):
         on_items(len(names))
         return
+    for name in names:
+        if (folder / f'{name}.npz').exists():
+            fitter.read(folder / f'{name}.npz')
+            break
     points = np.array([points_of(faces[name], crops[name]) for name in names])
-    scores = np.array([fitter.scores_of(faces[name]) for name in names])
+    scores = np.array([fitter.model.expected(faces[name]) for name in names])
     identity = fitter.shared_identity(points, scores) if is_same_person or fps is not None else None
     size = len(names) if fps is not None else BATCH
     for start in range(0, len(names), size):

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head models as `solver` takes them: points that the detector finds, and how they depend on coefficients."""
+"""The embedded head as `solver` and `fitting` take it: the detector's points, and how they depend on coefficients."""
 
+import numpy as np
 import torch
 
 from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints
-from geometry.head_model import EmbeddedHead
+from dataset_preprocessing.ffhq.faces_file import FoundFace
+from geometry.head_model import EmbeddedHead, HeadMesh
 from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
 
 LEAST_DEVIATION = 0.0010  # Metres, of a point of the detector.
 SCORE_DEVIATION, GAZE_DEVIATION, ABSENT_DEVIATION = 0.25, 0.6, 0.1  # Of expressions: scored, of the eyes, not scored.
 SCORE_STEP, GAZE_STEP = 0.35, 0.35  # How much an expression changes from frame to frame.
 GAZE_PREFIX = 'eyeLook'
+# Degrees that the embedded head's eyeballs turn at weight 1.
+SIDEWAYS_DEG, UP_DEG, DOWN_DEG = 25.0, 18.0, 22.0
 
 
 class EmbeddedPoints:
-    """MediaPipe's points on the embedded head; local coefficients are its 52 expressions."""
+    """MediaPipe's points on the embedded head; local coefficients are its 52 expressions.
+
+    eyes: outer and inner corner of one eye, then of the other, among the points.
+    """
+
+    eyes = (33, 133), (362, 263)
 
     def __init__(self, head: EmbeddedHead, table: DensePoints, dtype: torch.dtype = torch.float32):
         self.head, self.num_identity = head, head.num_identity
@@ -28,7 +37,7 @@ class EmbeddedPoints:
         self.identity_basis = at_points(head.identity_basis.unflatten(1, (-1, 3)))
         self.expression_basis = at_points(head.expression_basis.unflatten(1, (-1, 3)))
         self.deviation = WORLD_SCALE * table.deviation.to(device, dtype).clamp(min=LEAST_DEVIATION)
-        self.normals = (_normals(head)[corners].to(dtype) * weights).sum(dim=1)
+        self.normals = (vertex_normals(head.mean, head.faces)[corners].to(dtype) * weights).sum(dim=1)
         # Eyeballs are seen wherever the eye is.
         self.normals[FIRST_IRIS:] = self.normals.new_tensor([0, 0, 1])
         is_gaze = torch.tensor([name.startswith(GAZE_PREFIX) for name in head.expression_names], device=device)
@@ -56,12 +65,44 @@ class EmbeddedPoints:
         local[:, self._closing] = torch.minimum(local[:, self._closing], local[:, self._opening])
         return local
 
+    def targets(self, points: np.ndarray) -> np.ndarray:
+        """Return what of the detector's points [N, 478, 2] is fitted: all."""
+        return points
 
-def _normals(head):
-    """Return unit normals [V, 3] of the neutral head."""
-    a, b, c = (head.mean[head.faces[:, corner]] for corner in range(3))
+    def expected(self, face: FoundFace) -> np.ndarray:
+        """Return the detector's scores [52] in the head's order; 0 for those it does not know."""
+        return np.array([face.expressions.get(name, 0.0) for name in self.head.expression_names], dtype=np.float32)
+
+    def gaze(self, local: torch.Tensor) -> torch.Tensor:
+        """Return pitch and yaw of the person's left and right eye [N, 4], radians, up and picture-right positive."""
+        weight = {name: local[:, column] for column, name in enumerate(self.head.expression_names)}
+        angles = []
+        for side, outwards in (('Left', 1), ('Right', -1)):  # The person's left eye is on the picture's right.
+            angles.append(UP_DEG * weight[f'eyeLookUp{side}'] - DOWN_DEG * weight[f'eyeLookDown{side}'])
+            angles.append(outwards * SIDEWAYS_DEG * (weight[f'eyeLookOut{side}'] - weight[f'eyeLookIn{side}']))
+        return torch.stack(angles, dim=1).deg2rad()
+
+    def mesh(self, identity: torch.Tensor, local: torch.Tensor) -> HeadMesh:
+        """Return the head of identity [N, I] and expressions [N, 52]."""
+        return self.head(identity, local)
+
+    def drawn_faces(self) -> torch.Tensor:
+        """Return the faces [F, 3] of overlays."""
+        skin = self.head.regions['skin'] & ~self.head.regions['scalp'] | self.head.regions['eyes']
+        return self.head.faces[skin[self.head.faces].all(dim=1)]
+
+    def coefficients(self, identity: np.ndarray, local: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what coefficients.npz holds of identity [100] or [N, 100] and expressions [N, 52]."""
+        return {
+            'identity': identity, 'expression': local, 'expression_names': np.array(self.head.expression_names)
+        }  # fmt: skip
+
+
+def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
+    """Return unit normals [V, 3] of a mesh: vertices [V, 3], faces [F, 3]."""
+    a, b, c = (vertices[faces[:, corner]] for corner in range(3))
     across = torch.linalg.cross(b - a, c - a)
-    total = torch.zeros_like(head.mean)
+    total = torch.zeros_like(vertices)
     for corner in range(3):
-        total.index_add_(0, head.faces[:, corner], across)
+        total.index_add_(0, faces[:, corner], across)
     return torch.nn.functional.normalize(total, dim=1)

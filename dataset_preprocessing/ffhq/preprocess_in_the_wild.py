@@ -15,6 +15,7 @@ import cli  # noqa: E402  (needs the path above)
 from dataset_preprocessing.ffhq import files, fitting, sources, wild_output  # noqa: E402
 from dataset_preprocessing.ffhq.faces_file import faces_text, read_faces, reason_text  # noqa: E402
 from dataset_preprocessing.ffhq.files import PreprocessError  # noqa: E402
+from dataset_preprocessing.ffhq.head_choice import head_model_options, load_fitter  # noqa: E402
 from dataset_preprocessing.ffhq.landmarker import CONFIDENCE, Landmarker  # noqa: E402
 from dataset_preprocessing.ffhq.points import reference_points  # noqa: E402
 from training import data_checks  # noqa: E402
@@ -34,14 +35,15 @@ SHOWN = 20
             help='Of the detector, from which on it is a face.')
 @cli.option('model', metavar='TASK', type=cli.PathText(),
             help='face_landmarker.task. Default: that of requirements-preprocess.txt.')
+@head_model_options
 @cli.option('device', metavar='DEVICE', type=cli.Device(), default='auto', show_default=True,
             help='Of the fit: cpu, cuda, cuda:N.')
-def main(indir, outdir, all_faces, same_person, overlays, confidence, model, device):
+def main(indir, outdir, all_faces, same_person, overlays, confidence, model, head_model, flame_path, device):
     """Write NAME.png (512 pixels), NAME.obj, NAME_kpt2d.txt, dataset.json and coefficients.npz.
 
     Each video of a folder gets a folder of its own. OUTDIR_work keeps faces, fits, overlays and rejected.txt; with it,
     an interrupted run goes on where it was. Drive with --drive_root=OUTDIR; train with --data=OUTDIR --rdata=OUTDIR
-    --topology-path=data/head/head_template.obj.
+    --topology-path=data/head/head_template.obj (of FLAME: your head_template.obj).
     """
     source = pathlib.Path(indir).expanduser()
     if outdir is None:
@@ -53,8 +55,8 @@ def main(indir, outdir, all_faces, same_person, overlays, confidence, model, dev
         found = sources.find_sources(source, out, work)
         if all_faces and any(item.fps is not None for item in found.values()):
             raise click.UsageError('--all-faces: expected with photographs only, found a video.')
+        fitter = load_fitter(device, head_model, flame_path)
         find = click.get_current_context().with_resource(contextlib.closing(Landmarker(model, confidence)))
-        fitter = fitting.HeadFitter(device)
         lines = []
         for name, item in found.items():
             lines += _process(item, name, out / name, work / name, find, fitter, all_faces, same_person, overlays)
@@ -77,12 +79,12 @@ def _process(source, title, out, work, find, fitter, all_faces, same_person, ove
     faces = {name: faces[name] for name in crops}
     with tqdm(total=len(faces), desc=f'{title}fits', delay=2) as bar:
         fitting.fit_all(fitter, faces, crops, work / 'fits', source.fps, same_person, bar.update)
-    fits = {name: fitting.read_fit(work / 'fits' / f'{name}.npz') for name in faces}
-    writer = wild_output.ItemWriter(fitter.head, out, work / 'overlays' if overlays else None)
+    fits = {name: fitter.read(work / 'fits' / f'{name}.npz') for name in faces}
+    writer = wild_output.ItemWriter(fitter, out, work / 'overlays' if overlays else None)
     _write(source, writer, origins, crops, fits, title)
     is_one_person = same_person or source.fps is not None
-    wild_output.write_tables(out, fits, fitter.head.expression_names, source.fps, is_one_person)
-    faults = data_checks.check_driving(out, len(fitter.head.mean))
+    wild_output.write_tables(out, fits, fitter, source.fps, is_one_person)
+    faults = data_checks.check_driving(out, fitter.num_vertices)
     errors = 100 * np.array([fit.error for fit in fits.values()])
     return [
         *told, *map(str, faults),

@@ -11,10 +11,9 @@ from PIL import Image
 
 from dataset_preprocessing.ffhq import alignment, files
 from dataset_preprocessing.ffhq.alignment import Crop
-from dataset_preprocessing.ffhq.fitting import HeadFit
+from dataset_preprocessing.ffhq.fitting import HeadFit, HeadFitter
 from dataset_preprocessing.overlay import draw_overlay
 from dnnlib import atomic_path, atomic_write
-from geometry.head_model import EmbeddedHead
 from geometry.meshes import obj_surface, obj_vertices
 
 OVERLAY_QUALITY = 90
@@ -23,11 +22,10 @@ OVERLAY_QUALITY = 90
 class ItemWriter:
     """Writes items to a folder; a picture is written last: where it is, the rest of the item is."""
 
-    def __init__(self, head: EmbeddedHead, out: pathlib.Path, overlays: pathlib.Path | None):
-        self.head, self.out, self.overlays = head, out, overlays
+    def __init__(self, fitter: HeadFitter, out: pathlib.Path, overlays: pathlib.Path | None):
+        head, self.model, self.out, self.overlays = fitter.head, fitter.model, out, overlays
         self.surface = obj_surface(head.uvs.cpu().numpy(), head.faces.cpu().numpy(), head.uv_faces.cpu().numpy())
-        skin = head.regions['skin'] & ~head.regions['scalp'] | head.regions['eyes']
-        self.drawn = head.faces[skin[head.faces].all(dim=1)].cpu().numpy()
+        self.drawn = self.model.drawn_faces().cpu().numpy()
 
     def has(self, name: str) -> bool:
         """Tell whether an item is complete."""
@@ -38,8 +36,8 @@ class ItemWriter:
     @torch.no_grad()
     def __call__(self, name: str, photograph: Image.Image, crop: Crop, fit: HeadFit) -> None:
         """Write an item of an upright RGB photograph."""
-        device = self.head.mean.device
-        mesh = self.head(*(torch.from_numpy(x)[None].to(device) for x in (fit.identity, fit.expression)))
+        device = self.model.deviation.device
+        mesh = self.model.mesh(*(torch.from_numpy(x)[None].to(device) for x in (fit.identity, fit.expression)))
         vertices, landmarks = mesh.vertices[0].cpu().numpy(), mesh.landmarks[0].cpu().numpy()
         picture = alignment.training_picture(photograph, crop)
         if self.overlays is not None:
@@ -54,19 +52,17 @@ class ItemWriter:
 
 
 def write_tables(
-    out: pathlib.Path, fits: dict[str, HeadFit], expression_names: tuple[str, ...], fps: float | None,
-    is_one_person: bool,
+    out: pathlib.Path, fits: dict[str, HeadFit], fitter: HeadFitter, fps: float | None, is_one_person: bool
 ) -> None:
-    """Write dataset.json and coefficients.npz of a folder: names, identity [100] of one person or [N, 100], expression
-    [N, 52], gaze [N, 4], error [N] and, of a video, fps."""
+    """Write dataset.json and coefficients.npz of a folder: names, the head model's `coefficients` (its identity once if
+    all are of one person), gaze [N, 4], error [N] and, of a video, fps."""
     labels = [[f'{name}.png', fit.label.astype(float).tolist()] for name, fit in fits.items()]
     files.write_text(json.dumps({'labels': labels}), out / 'dataset.json')
     rows = list(fits.values())
+    identity = rows[0].identity if is_one_person else np.stack([fit.identity for fit in rows])
     arrays = {
         'names': np.array([f'{name}.png' for name in fits]),
-        'identity': rows[0].identity if is_one_person else np.stack([fit.identity for fit in rows]),
-        'expression': np.stack([fit.expression for fit in rows]),
-        'expression_names': np.array(expression_names),
+        **fitter.model.coefficients(identity, np.stack([fit.expression for fit in rows])),
         'gaze': np.stack([fit.gaze for fit in rows]),
         'error': np.stack([fit.error for fit in rows]),
         **({} if fps is None else {'fps': np.array(fps)}),
