@@ -171,7 +171,7 @@ class FlamePoints:
         return self.head.faces[(depth > (depth.min() + depth.max()) / 2)[self.head.faces].all(dim=1)]
 
     def coefficients(self, identity: np.ndarray, local: np.ndarray) -> dict[str, np.ndarray]:
-        """Return what coefficients.npz holds of identity [I] or [N, I] and local coefficients [N, L]; docs/videos.md."""
+        """Return what coefficients.npz has of identity [I] or [N, I] and local coefficients [N, L]; docs/videos.md."""
         expression, jaw, eyes = (part.numpy() for part in self.split(torch.from_numpy(local)))
         pose = np.concatenate([np.zeros_like(jaw), jaw], axis=1)  # The head's rotation lives in the camera.
         return {'shape': identity, 'exp': expression, 'pose': pose, 'eye_pose': eyes}
