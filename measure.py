@@ -15,19 +15,19 @@ import numpy as np
 import torch
 
 from dnnlib.util import cache_root, open_url
-from geometry.cameras import FRONTAL, intrinsics, look_at_pose, make_label
 from geometry.head_model import load_embedded_head
+from geometry.paths import fixed_path, path_labels
 from metrics import distribution, estimator, features, registry
 from metrics.subject import Drawn, MetricError, Request, Subject, Truth
 from torch_utils.distributed import Ranks
 from training import evaluation
+from training.config import Next3DConfig
 from training.dataset import HeadDataset, PackedSource, Source
 from training.driving import COEFFICIENTS_FILE
 from training.generator import Next3DGenerator
 from training.mesh_render import MeshRenderer
 from training.pictures import to_bytes
 
-PIVOT = (0.0, 0.0, 0.2)  # Where the camera looks that identities are mapped with: FFHQ's, as in videos.
 DECA = 'deca'
 TRAINING_BATCH = 4  # Pictures at a time beside a run's own memory.
 
@@ -96,10 +96,15 @@ def make_subject(
             generator.faces[0], generator.face_uvcoords[0], resolution=resolution)),
         truth=truth,
         head=None if head is None else head.to(ranks.device),
-        conditioning=make_label(look_at_pose(FRONTAL, torch.tensor(FRONTAL), PIVOT), intrinsics()).numpy(),
+        conditioning=_frontal_label(Next3DConfig() if generator is None else generator.config),
         content=functools.partial(content_digest, source),
         **settings,
     )  # fmt: skip
+
+
+def _frontal_label(config):
+    label = path_labels(fixed_path(1), config.avg_camera_pivot, config.avg_camera_radius)
+    return label.numpy()
 
 
 def load_estimator(files: Files, device: torch.device):

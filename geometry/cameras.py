@@ -3,8 +3,11 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional
+
+from geometry.meshes import to_world
 
 FOCAL = 4.2647  # Focal length over image side of FFHQ's aligned photos, and of videos and training.
 DIAGONAL = 1.414  # Rounded in the published formula.
@@ -91,6 +94,16 @@ def project_points(world: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tens
     column = k[:, 0, 0] * x + k[:, 0, 1] * y + k[:, 0, 2]
     row = k[:, 1, 1] * y + k[:, 1, 2]
     return torch.stack([2 * column - 1, 2 * row - 1], dim=-1), z
+
+
+def project_mesh(points: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return places [N, 2] of mesh points [N, 3] in picture sides from the corner, and depths [N], in double precision.
+
+    label: [25].
+    """
+    world, label = to_world(torch.from_numpy(points).double()), torch.from_numpy(label).double()
+    places, depth = project_points(world[None], label[None])
+    return (places[0].numpy() + 1) / 2, depth[0].numpy()
 
 
 def _draw(spread, batch):

@@ -9,6 +9,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from dnnlib import atomic_write
 
@@ -126,6 +127,22 @@ def write_landmarks(path: str | os.PathLike, landmarks: np.ndarray) -> None:
 def stack_mesh(vertices: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """Return the generator's mesh input [1, V + 68, 3] of vertices [V, 3] and landmarks [68, 3]."""
     return np.concatenate([vertices, landmarks])[None].astype(np.float32)
+
+
+def to_world(points: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """Return mesh points [..., 3], an array or a tensor, in world units and of the same type."""
+    new = points.new_tensor if isinstance(points, torch.Tensor) else np.asarray(points).dtype.type
+    return points * WORLD_SCALE + new(WORLD_SHIFT)
+
+
+def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
+    """Return unit normals [N, V, 3] of meshes [N, V, 3] with faces [F, 3]: means over faces, weighted by area."""
+    a, b, c = (vertices.index_select(1, corner) for corner in faces.unbind(dim=1))
+    across = torch.linalg.cross(b - a, c - a)  # Twice the face's area long.
+    total = torch.zeros_like(vertices)
+    for corner in faces.unbind(dim=1):
+        total.index_add_(1, corner, across)
+    return torch.nn.functional.normalize(total, dim=-1)
 
 
 def _numbers(path, rows, count):

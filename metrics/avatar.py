@@ -8,7 +8,7 @@ from scipy.spatial import Delaunay, QhullError
 from torch.nn.functional import cosine_similarity, grid_sample, interpolate, normalize
 
 from geometry.cameras import CAM2WORLD, project_points, split_label
-from geometry.meshes import NUM_LANDMARKS, WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import NUM_LANDMARKS, to_world
 from metrics.subject import MetricError, Request, Subject, expect_items, summarise
 
 PAIRS = 20  # Cameras and expressions of a latent.
@@ -166,11 +166,6 @@ def _within(points, pixels):
         return Delaunay(points).find_simplex(pixels) >= 0
     except QhullError:  # Landmarks on one line have no inside.
         return np.zeros(pixels.shape[:2], dtype=bool)
-
-
-def to_world(points: torch.Tensor) -> torch.Tensor:
-    """Return points of meshes in world units."""
-    return points * WORLD_SCALE + points.new_tensor(WORLD_SHIFT)
 
 
 def _mean(values, mask):

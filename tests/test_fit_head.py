@@ -16,9 +16,10 @@ from dataset_preprocessing.ffhq import (
 )  # fmt: skip
 from dataset_preprocessing.ffhq.files import PreprocessError
 from dataset_preprocessing.ffhq.points import IBUG_OF_MESH
-from dataset_preprocessing.overlay import draw_overlay, project_mesh
+from dataset_preprocessing.overlay import draw_overlay
 from dataset_preprocessing.synthetic.expressions import random_expression
 from dataset_preprocessing.synthetic.people import camera_label, random_label
+from geometry.cameras import project_mesh
 from geometry.mirror import LANDMARK_MIRROR
 from training.dataset import FolderSource
 from training.driving import open_clip
@@ -137,13 +138,13 @@ def test_overlays_lie_on_the_head(fitter):
     vertices, label = mesh.vertices[0].numpy(), camera_label(0, 0, 0)
     drawn = np.asarray(draw_overlay(Image.new('RGB', (512, 512)), vertices, fitter.head.faces.numpy(), label))
     rows, columns = np.nonzero(drawn.sum(axis=2))
-    screen = project_mesh(vertices[fitter.head.regions['face'].numpy()], label, 512)[:, :2]
+    screen = 512 * project_mesh(vertices[fitter.head.regions['face'].numpy()], label)[0] - 0.5
     inside = (screen[:, 1] < 500) & (screen[:, 1] > 5)
     assert columns.min() <= screen[inside, 0].min() + 2 and columns.max() >= screen[inside, 0].max() - 2
     assert drawn[int(screen[inside, 1].mean()), int(screen[inside, 0].mean()) - 20 :][:40].any()
     assert not drawn[5:60, :40].any()
     # Outer corners of the eyes, docs/conventions.md: 163 and 350.
-    eyes = project_mesh(mesh.landmarks[0].numpy(), label, 512)[[36, 45]]
+    eyes = 512 * project_mesh(mesh.landmarks[0].numpy(), label)[0][[36, 45]]
     assert 170 < eyes[1, 0] - eyes[0, 0] < 200
 
 

@@ -17,12 +17,10 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dnnlib import atomic_write
-from geometry.cameras import CAM2WORLD, INTRINSICS
+from geometry.cameras import CAM2WORLD, INTRINSICS, project_mesh
 from geometry.meshes import (
     LANDMARK_LIMIT,
     NUM_LANDMARKS,
-    WORLD_SCALE,
-    WORLD_SHIFT,
     MeshFileError,
     parse_landmarks,
     parse_obj_vertices,
@@ -386,7 +384,7 @@ def _check_reprojection(files, index, landmarks, side):
     points = _parsed(faults, files.points, _points_name(name), _parse_points)
     if points is None:
         return faults
-    distances = np.linalg.norm(side * _project(files.labels[index], landmarks) - points, axis=1)
+    distances = np.linalg.norm(side * project_mesh(landmarks, files.labels[index])[0] - points, axis=1)
     median, limit = np.median(distances), REPROJECTION_LIMIT * side / REPROJECTION_SIDE
     if median < limit:
         return []
@@ -405,16 +403,6 @@ def _parse_points(data, where):
         found = f'{points.shape[0]} of {points.shape[1]} numbers'
         raise DatasetError(f'{where}: expected {NUM_LANDMARKS} lines of x y, found {found}')
     return points
-
-
-def _project(label, points):
-    """Return where mesh points [n, 3] are seen by a label's camera: [n, 2] in picture sides from the corner."""
-    pose = label[CAM2WORLD].reshape(4, 4).astype(np.float64)
-    k = label[INTRINSICS].reshape(3, 3).astype(np.float64)
-    world = WORLD_SCALE * points + WORLD_SHIFT
-    seen = (world - pose[:3, 3]) @ pose[:3, :3] @ k.T
-    with np.errstate(divide='ignore', invalid='ignore'):  # A bad label, told elsewhere; here its median is no number.
-        return seen[:, :2] / seen[:, 2:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from geometry.cameras import project_points
-from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, vertex_normals
 from torch_utils.custom_ops import check_shape
 from torch_utils.ops.rasterize import rasterize
 from training.config import LABEL_LENGTH
@@ -96,12 +96,7 @@ class MeshRenderer:
     @torch.no_grad()
     def normals(self, v: torch.Tensor) -> torch.Tensor:
         """Return outward unit normals [N, V, 3] of meshes [N, V, 3]: means over a vertex's faces, weighted by area."""
-        a, c, b = (v.index_select(1, corner) for corner in self.faces.unbind(dim=1))
-        across = torch.linalg.cross(b - a, c - a)  # Twice the face's area long.
-        total = torch.zeros_like(v)
-        for corner in self.faces.unbind(dim=1):
-            total.index_add_(1, corner, across)
-        return functional.normalize(total, dim=-1)
+        return -vertex_normals(v, self.faces)  # Two corners of these faces are swapped.
 
     def _mix_vertices(self, view, values):
         return _mix(view, self._at_corners(view.face, values))

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from dataset_preprocessing.ffhq.files import PreprocessError, read_mat
-from geometry.meshes import NUM_LANDMARKS, WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import NUM_LANDMARKS, to_world
 
 DECIMETRE = 0.27  # World units: 2.7 a metre.
 BFM_SHIFT = (0.0, 0.006, 0.161)  # Origin of the Basel Face Model in the world of EG3D, measured by its authors.
@@ -59,8 +59,7 @@ def reference_from_head(landmarks: np.ndarray) -> np.ndarray:
 
     Stands in for BFM's own points, which are licensed: the head is placed in the world as meshes are.
     """
-    world = WORLD_SCALE * landmarks.astype(np.float64) + np.array(WORLD_SHIFT)
-    return five_of_68((world - np.array(BFM_SHIFT)) / DECIMETRE)
+    return five_of_68((to_world(landmarks.astype(np.float64)) - np.array(BFM_SHIFT)) / DECIMETRE)
 
 
 def read_reference(path: pathlib.Path) -> np.ndarray:

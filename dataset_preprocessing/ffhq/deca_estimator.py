@@ -12,8 +12,7 @@ from torch.nn.functional import normalize
 
 from dataset_preprocessing.ffhq import assets, deca_net
 from geometry.cameras import project_points
-from geometry.meshes import NUM_LANDMARKS
-from metrics.avatar import to_world
+from geometry.meshes import NUM_LANDMARKS, to_world
 from metrics.estimator import Estimate
 
 

@@ -14,11 +14,11 @@ from dataset_preprocessing.ffhq import assets
 from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints
 from dataset_preprocessing.ffhq.faces_file import FoundFace
 from dataset_preprocessing.ffhq.files import PreprocessError
-from dataset_preprocessing.ffhq.head_points import LEAST_DEVIATION, vertex_normals
+from dataset_preprocessing.ffhq.head_points import LEAST_DEVIATION
 from dataset_preprocessing.ffhq.points import IRISES
 from geometry.flame import NUM_JOINTS, FlameFileError, FlameHead, load_flame, pose_joints, rotation_matrices, skin
 from geometry.head_model import EmbeddedHead, HeadMesh
-from geometry.meshes import NUM_LANDMARKS, WORLD_SCALE, WORLD_SHIFT, MeshFileError
+from geometry.meshes import NUM_LANDMARKS, WORLD_SCALE, MeshFileError, to_world, vertex_normals
 
 EYE_JOINTS = (3, 4)  # Left, right.
 NUM_POSE = 7  # Of local coefficients, after the expression: jaw [3]; pitch and yaw of the left, then the right eye.
@@ -103,7 +103,7 @@ class FlamePoints:
         self._joint_directions = torch.einsum('jv,vkc->jkc', regressor, directions.to(dtype))
         deviation = torch.from_numpy(self.shares @ table.deviation.numpy()).to(device, dtype)
         self.deviation = WORLD_SCALE * (DEVIATION_SHARE * deviation).clamp(min=LEAST_DEVIATION)
-        normals = vertex_normals(head.template, head.faces)[corners].to(dtype)
+        normals = vertex_normals(head.template[None], head.faces)[0][corners].to(dtype)
         self.normals = torch.nn.functional.normalize((normals * self._weights).sum(dim=1), dim=1)
         self.normals[NUM_LANDMARKS:] = self.normals.new_tensor([0, 0, 1])  # Eyeballs are seen wherever the eye is.
         self._set_priors(head.num_expression)
@@ -127,7 +127,7 @@ class FlamePoints:
         shaped = shaped + torch.einsum('vkc,nc->nvk', self._pose_directions, bends)
         vertices = skin(shaped, self._skinning, pose_joints(rest, rotations))
         points = (vertices[:, self._corners] * self._weights).sum(dim=2)
-        return WORLD_SCALE * points + points.new_tensor(WORLD_SHIFT)
+        return to_world(points)
 
     def jacobians(self, identity: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the derivatives [N, 70, 3, I] and [N, 70, 3, L]: rotations make them differ from item to item."""

@@ -7,7 +7,7 @@ import torch
 from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints
 from dataset_preprocessing.ffhq.faces_file import FoundFace
 from geometry.head_model import EmbeddedHead, HeadMesh
-from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, vertex_normals
 
 LEAST_DEVIATION = 0.0010  # Metres, of a point of the detector.
 SCORE_DEVIATION, GAZE_DEVIATION, ABSENT_DEVIATION = 0.25, 0.6, 0.1  # Of expressions: scored, of the eyes, not scored.
@@ -37,7 +37,7 @@ class EmbeddedPoints:
         self.identity_basis = at_points(head.identity_basis.unflatten(1, (-1, 3)))
         self.expression_basis = at_points(head.expression_basis.unflatten(1, (-1, 3)))
         self.deviation = WORLD_SCALE * table.deviation.to(device, dtype).clamp(min=LEAST_DEVIATION)
-        self.normals = (vertex_normals(head.mean, head.faces)[corners].to(dtype) * weights).sum(dim=1)
+        self.normals = (vertex_normals(head.mean[None], head.faces)[0][corners].to(dtype) * weights).sum(dim=1)
         # Eyeballs are seen wherever the eye is.
         self.normals[FIRST_IRIS:] = self.normals.new_tensor([0, 0, 1])
         is_gaze = torch.tensor([name.startswith(GAZE_PREFIX) for name in head.expression_names], device=device)
@@ -96,13 +96,3 @@ class EmbeddedPoints:
         return {
             'identity': identity, 'expression': local, 'expression_names': np.array(self.head.expression_names)
         }  # fmt: skip
-
-
-def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
-    """Return unit normals [V, 3] of a mesh: vertices [V, 3], faces [F, 3]."""
-    a, b, c = (vertices[faces[:, corner]] for corner in range(3))
-    across = torch.linalg.cross(b - a, c - a)
-    total = torch.zeros_like(vertices)
-    for corner in range(3):
-        total.index_add_(0, faces[:, corner], across)
-    return torch.nn.functional.normalize(total, dim=1)

@@ -14,7 +14,7 @@ from dataset_preprocessing.ffhq.alignment import Crop
 from dataset_preprocessing.ffhq.fitting import HeadFit, HeadFitter
 from dataset_preprocessing.overlay import draw_overlay
 from dnnlib import atomic_path, atomic_write
-from geometry.meshes import obj_surface, obj_vertices
+from geometry.meshes import landmark_lines, obj_surface, obj_vertices
 
 OVERLAY_QUALITY = 90
 
@@ -46,8 +46,7 @@ class ItemWriter:
                 drawn = draw_overlay(picture, vertices, self.drawn, fit.label, fit.points)
                 drawn.save(temporary, format='JPEG', quality=OVERLAY_QUALITY)
         files.write_text((obj_vertices(vertices) + self.surface).decode('ascii'), self.out / f'{name}.obj')
-        lines = ''.join(f'{x:.6f} {y:.6f} {z:.6f}\n' for x, y, z in landmarks)
-        files.write_text(lines, self.out / f'{name}_kpt2d.txt')
+        files.write_text(landmark_lines(landmarks).decode('ascii'), self.out / f'{name}_kpt2d.txt')
         files.save_png(picture, self.out / f'{name}.png')
 
 

@@ -25,7 +25,7 @@ from dataset_preprocessing.synthetic import makehuman
 from dataset_preprocessing.synthetic.unwrap import lay_out, uv_mask
 from geometry.cameras import FOCAL
 from geometry.head_model import ARKIT_NAMES, FORMAT
-from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, ObjMesh, write_obj
+from geometry.meshes import ObjMesh, to_world, write_obj
 from geometry.mirror import LANDMARK_MIRROR
 
 SEED, NUM_PEOPLE, NUM_COMPONENTS = 0, 3000, 100
@@ -312,7 +312,7 @@ def place(mean: np.ndarray) -> Placement:
 
     def residuals(values):
         placed = Placement(values[0], rotation, np.array([0, *values[1:]])).points(points)
-        world = WORLD_SCALE * placed + np.array(WORLD_SHIFT)
+        world = to_world(placed)
         depth = 2.7 - world[:, 2]
         column, row = world[:, 0] / depth, -world[:, 1] / depth
         seen = 512 * (FOCAL * np.stack([column, row], -1) + 0.5)

@@ -24,7 +24,7 @@ from dataset_preprocessing.synthetic.anatomy import Anatomy, load_anatomy
 from dataset_preprocessing.synthetic.paint import picture
 from dataset_preprocessing.synthetic.people import camera_label, random_person
 from dnnlib import atomic_write
-from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, to_world
 from training.mesh_render import MeshRenderer, project
 
 SEED, NUM_PEOPLE, SIDE = 77, 400, 512
@@ -104,7 +104,7 @@ def _observe(anatomy, spread, find, index):
         ray = eye - (drawn.vertices[corners] * mix).sum(axis=1)
         facing = ((normals[corners] * mix).sum(axis=1) * ray).sum(axis=1) / np.linalg.norm(ray, axis=1)
         weights[part] = np.where((away[row, column] < MAX_SNAP_PX) & (facing > MIN_FACING), facing, 0)
-    lips = project(torch.from_numpy(drawn.landmarks)[None] * WORLD_SCALE + torch.tensor(WORLD_SHIFT), camera)[0]
+    lips = project(to_world(torch.from_numpy(drawn.landmarks))[None], camera)[0]
     if (lips[66, 1] - lips[62, 1]) * SIDE / 2 < OPEN_LIPS_PX:
         weights[list(INNER_LIPS)] = 0
     # On the drawn head's own plane: pairs of points are found by where they are in frontal pictures.

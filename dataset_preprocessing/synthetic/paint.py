@@ -12,7 +12,7 @@ from dataset_preprocessing.synthetic import hair, wear
 from dataset_preprocessing.synthetic.anatomy import CENTRE, MAP_EXTENT, MAP_SIZE, Anatomy, DepthMap
 from dataset_preprocessing.synthetic.noise import look_up, smoothstep, texture, unit
 from dataset_preprocessing.synthetic.people import Person
-from geometry.meshes import WORLD_SCALE, WORLD_SHIFT
+from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, to_world
 from torch_utils.ops.rasterize import rasterize
 from training.mesh_render import project
 
@@ -227,12 +227,11 @@ class _Scene:
         """Return all vertices as the camera sees them [1, n, 3]."""
         label, count = self.person.label, len(self.vertices)
         pose = label[:16].reshape(4, 4)
-        world = self.all_vertices[count:] * np.float32(WORLD_SCALE) + np.array(WORLD_SHIFT, np.float32)
-        seen = (world - pose[:3, 3]) @ pose[:3, :3]
+        seen = (to_world(self.all_vertices[count:]) - pose[:3, 3]) @ pose[:3, :3]
         seen[:, 2] = -1 / seen[:, 2]
         seen[:, :2] *= seen[:, 2:] * (-2 * label[16])
         # The head takes the way that all other parts of the project take, so that it lies where they expect it.
-        world = torch.from_numpy(self.vertices)[None] * WORLD_SCALE + torch.tensor(WORLD_SHIFT)
+        world = to_world(torch.from_numpy(self.vertices))[None]
         return torch.cat([project(world, torch.from_numpy(label)[None]), torch.from_numpy(seen)[None]], dim=1)
 
     def look(self, size):
