@@ -217,7 +217,7 @@ def test_photographs_become_data(wild, photos):
     assert '3 faces of 5 pictures, 0 faults' in result.output
     names = ['one', 'pair', 'sub-two']
     wanted = {f'{n}{e}' for n in names for e in ('.png', '.obj', '_kpt2d.txt')} | {'dataset.json', 'coefficients.npz'}
-    assert set(content(out)) == wanted
+    assert set(content(out)) == wanted | {files.WRITTEN}
     assert set(content(photos / 'processed_work' / 'overlays')) == {f'{name}.jpg' for name in names}
     clip, source = open_clip(out), FolderSource(out, out)  # What driving and training read.
     assert clip.names == names and len(source.names) == 3
@@ -248,6 +248,20 @@ def test_the_report_shows_what_there_is(wild, photos, tmp_path):
 def test_poses_of_the_report():
     labels = np.stack([camera_label(yaw, pitch, 0.0, (0, 0, 0)) for yaw, pitch in ((0, 0), (0.5, 0), (-0.2, 0.3))])
     assert np.allclose(report_page.angles_deg(labels), np.degrees([(0, 0), (0.5, 0), (-0.2, 0.3)]), atol=1e-3)
+
+
+def test_results_below_the_photographs_are_no_photographs(wild, photos, tmp_path):
+    before = files.list_pictures(photos)
+    assert wild(photos, '--overlays').exit_code == 0
+    assert (photos / 'processed' / 'one.png').exists() and (photos / 'processed_work' / 'overlays' / 'one.jpg').exists()
+    assert files.list_pictures(photos) == before
+    assert set(files.list_pictures(photos / 'processed')) >= {'one', 'sub-two'}
+    again = wild(photos, f'--outdir={tmp_path}/other')
+    assert '3 faces of 5 pictures' in again.output, again.output
+    original = (photos / 'one.png').read_bytes()
+    result = wild(photos, f'--outdir={photos}')
+    assert result.exit_code != 0 and 'another folder than --indir' in result.output
+    assert (photos / 'one.png').read_bytes() == original
 
 
 def test_all_faces_and_one_person(wild, photos, tmp_path):

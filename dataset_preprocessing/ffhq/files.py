@@ -18,6 +18,7 @@ from scipy.io.matlab import MatReadError
 from dataset_preprocessing.parallel import in_processes
 from dnnlib import atomic_path
 
+WRITTEN = '.written'  # Marks a folder of results.
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 MIRROR = '_mirror'  # Ends the name of a mirror image.
 FAULTS_SHOWN = 20
@@ -37,12 +38,15 @@ class NoFaceError(PreprocessError):
 def list_files(folder: pathlib.Path, endings: Iterable[str]) -> dict[str, pathlib.Path]:
     """Return the files below a folder by name: relative path without its ending, sorted.
 
-    Raises PreprocessError where there are none, or two that differ in their endings only: outputs would collide.
+    Folders below it that `mark_written` has marked are left out. Raises PreprocessError where there are none, or two
+    that differ in their endings only: outputs would collide.
     """
     if not folder.is_dir():
         raise PreprocessError(f'{folder}: expected a folder, found {"a file" if folder.exists() else "nothing"}')
-    found = {}
+    found, written = {}, {path.parent for path in folder.rglob(WRITTEN)} - {folder}
     for path in sorted(folder.rglob('*')):
+        if written and not written.isdisjoint(path.parents):
+            continue
         is_hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
         if is_hidden or path.suffix.lower() not in endings or not path.is_file():
             continue
@@ -53,6 +57,12 @@ def list_files(folder: pathlib.Path, endings: Iterable[str]) -> dict[str, pathli
     if not found:
         raise PreprocessError(f'{folder}: expected files *{", *".join(endings)}, found none')
     return found
+
+
+def mark_written(folder: pathlib.Path) -> None:
+    """Make a folder whose pictures are results: those who list the photographs around it leave them out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WRITTEN).touch()
 
 
 def list_pictures(folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -50,13 +50,17 @@ def main(indir, outdir, all_faces, same_person, overlays, confidence, model, hea
         out = (source.with_name(f'{source.stem}_processed') if source.is_file() else source / 'processed')
     else:
         out = pathlib.Path(outdir).expanduser()
+    if out.resolve() == source.resolve():
+        raise click.UsageError(f'--outdir: {outdir}: expected another folder than --indir.')
     work = out.with_name(f'{out.name}_work')
     try:
-        found = sources.find_sources(source, out, work)
+        found = sources.find_sources(source)
         if all_faces and any(item.fps is not None for item in found.values()):
             raise click.UsageError('--all-faces: expected with photographs only, found a video.')
         fitter = load_fitter(device, head_model, flame_path)
         find = click.get_current_context().with_resource(contextlib.closing(Landmarker(model, confidence)))
+        for folder in (out, work):
+            files.mark_written(folder)
         lines = []
         for name, item in found.items():
             lines += _process(item, name, out / name, work / name, find, fitter, all_faces, same_person, overlays)

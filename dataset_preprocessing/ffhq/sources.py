@@ -19,20 +19,13 @@ class Photos:
 
     fps = None
 
-    def __init__(self, folder: pathlib.Path, without: tuple[pathlib.Path, ...] = ()):
-        kept = [path.resolve() for path in without]
-        paths = {
-            name: path for name, path in files.list_pictures(folder).items()
-            if not any(path.resolve().is_relative_to(other) for other in kept)
-        }  # fmt: skip
+    def __init__(self, folder: pathlib.Path):
         self.paths = {}
-        for name, path in paths.items():
+        for name, path in files.list_pictures(folder).items():
             flat = name.replace('/', BETWEEN)
             if flat in self.paths:
                 raise PreprocessError(f'{path}: expected a name of its own, found that of {self.paths[flat]}')
             self.paths[flat] = path
-        if not self.paths:
-            raise PreprocessError(f'{folder}: expected photographs, found none')
 
     def __len__(self):
         return len(self.paths)
@@ -63,7 +56,7 @@ class Video:
                 yield name, Image.fromarray(frame)
 
 
-def find_sources(indir: pathlib.Path, outdir: pathlib.Path, work: pathlib.Path) -> dict[str, Photos | Video]:
+def find_sources(indir: pathlib.Path) -> dict[str, Photos | Video]:
     """Return what to work on by the name of its output folder; '' stands for the output folder itself.
 
     A video file, a folder of photographs, or a folder of videos; PreprocessError for anything else, or for both kinds.
@@ -74,7 +67,7 @@ def find_sources(indir: pathlib.Path, outdir: pathlib.Path, work: pathlib.Path) 
         raise PreprocessError(f'{indir}: expected a folder of photographs or videos, or a video, found nothing')
     videos = sorted(path for path in indir.iterdir() if path.suffix.lower() in VIDEO_ENDINGS and path.is_file())
     if not videos:
-        return {'': Photos(indir, (outdir, work))}
+        return {'': Photos(indir)}
     pictures = [path for path in indir.iterdir() if path.suffix.lower() in files.PICTURE_ENDINGS]
     if pictures:
         raise PreprocessError(f'{indir}: expected photographs or videos, found both: {pictures[0].name}')
