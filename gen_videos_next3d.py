@@ -82,7 +82,11 @@ def main(network, seeds, outdir, obj_path, lms_path, drive, device, **options):
     click.echo(f'Loading networks from "{network}"...')
     generator = cli.load_next3d(network, device)
     v = cli.fit_head(generator, head, device) if clip is None else cli.fit_clip(generator, clip, '--drive')
-    synthesizer = Synthesizer(avatar.with_sampling(generator, options['sample_mult']), options['dtype'])
+    try:
+        generator = avatar.with_sampling(generator, options['sample_mult'])
+    except ValueError as error:  # Fewer than a ray needs.
+        raise click.UsageError(f'--sample_mult: {error}.') from None
+    synthesizer = Synthesizer(generator, options['dtype'])
     folder = cli.make_outdir(outdir)
     for name, keyframes, grid in videos:
         _write_video(synthesizer, folder / name, (keyframes, grid), (v, clip), angles, options)

@@ -203,7 +203,7 @@ def start(server_class, studio: live.Studio, host: str, port: int, options: dict
     camera = server.initial_camera
     camera.position, camera.look_at, camera.up = orbit.start_camera(studio.pivot, studio.radius)
     camera.fov = orbit.view_angle(1.0)
-    pages = {}
+    pages, lock = {}, threading.Lock()
 
     def draw(key, is_full):
         page = pages.get(key)
@@ -217,12 +217,16 @@ def start(server_class, studio: live.Studio, host: str, port: int, options: dict
     worker = live.Worker(draw, report)
 
     def connect(client):
-        pages[client.client_id] = Page(client, studio, options, functools.partial(worker.touch, client.client_id))
-        worker.add(client.client_id)
+        page = Page(client, studio, options, functools.partial(worker.touch, client.client_id))
+        with lock:
+            if client.client_id in server.get_clients():  # Else it has left while its page was made.
+                pages[client.client_id] = page
+                worker.add(client.client_id)
 
     def disconnect(client):
-        worker.remove(client.client_id)
-        page = pages.pop(client.client_id, None)
+        with lock:
+            page = pages.pop(client.client_id, None)
+            worker.remove(client.client_id)
         if page is not None:
             page.close()
 
@@ -281,9 +285,9 @@ class Page:
     def draw(self, is_full: bool) -> float | None:
         """Draw and show the picture; return when a playing clip needs the next one."""
         begin, view = time.monotonic(), self.view()
-        picture = self._sitting.draw(view, is_full)
-        if view.frame is not None and self._frame.value != view.frame:
+        if view.frame is not None and self._player.is_playing:  # Standing still, it is where somebody has put it.
             self._frame.value = view.frame
+        picture = self._sitting.draw(view, is_full)
         framed = fit_window(enlarge(picture), self._client.camera.aspect)
         kind = {'format': 'png'} if is_full else {'format': 'jpeg', 'jpeg_quality': JPEG_QUALITY}
         self._client.scene.set_background_image(framed, **kind)
@@ -295,7 +299,7 @@ class Page:
         if view.frame is None:
             return None
         if self._play.label != self._play_label():  # It has come to its end.
-            self._play.label = self._play_label()
+            self._play.label, self._frame.value = self._play_label(), self._player.at(begin)
             self._changed()
         return self._player.next_change(time.monotonic())
 
@@ -309,10 +313,13 @@ class Page:
         self._status.content = f'<p data-status style="{style}">{html.escape(text)}</p>'
 
     def _watch(self, handle, before=None):
-        """Have the picture drawn anew when somebody moves a control, after `before` has been called."""
+        """Have the picture drawn anew when somebody moves a control, after `before` has been called.
+
+        Each change is dealt with before the next: in threads of a pool, an older one could have the last word.
+        """
 
         @handle.on_update
-        def _(event):
+        async def _(event):
             if event.client is not None:  # What the page sets by itself is drawn by who sets it.
                 if before is not None:
                     before()
@@ -377,7 +384,11 @@ class Page:
             self._controls[control] = self._watch(slider, functools.partial(self._control_moved, control))
         self._button('Reset face', self._reset_face)
         self._search = gui.add_text('Search', '', hint="Words of an expression's name or group, such as 'smile left'.")
-        self._search.on_update(lambda _: self._filter())
+
+        @self._search.on_update
+        async def _(_):
+            self._filter()
+
         for group, members in expressions.grouped(names).items():
             self._folders[group] = gui.add_folder(group)
             with self._folders[group]:
@@ -447,7 +458,7 @@ class Page:
         now = time.monotonic()
         self._uses_clip.value = True
         self._player.pause(now) if self._player.is_playing else self._player.play(now)
-        self._play.label = self._play_label()
+        self._play.label, self._frame.value = self._play_label(), self._player.at(now)
         self._changed()
 
     def _play_label(self):

@@ -5,11 +5,12 @@ import numpy as np
 import torch
 from scipy.ndimage import binary_dilation
 from scipy.spatial import Delaunay, QhullError
-from torch.nn.functional import cosine_similarity, grid_sample, interpolate, normalize
+from torch.nn.functional import cosine_similarity, grid_sample, interpolate
 
 from geometry.cameras import CAM2WORLD, project_points, split_label
 from geometry.meshes import NUM_LANDMARKS, to_world
 from metrics.subject import MetricError, Request, Subject, expect_items, summarise
+from training.volume.rays import camera_rays, local_rays
 
 PAIRS = 20  # Cameras and expressions of a latent.
 TURN_DEG = 15.0  # Between the two views of `reprojection`.
@@ -140,17 +141,7 @@ def depth(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
 
 def axis_depth(distance: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """Return depths along the camera's axis of distances along rays [N, r, r]."""
-    return distance / local_rays(c, distance.shape[-1]).norm(dim=-1)
-
-
-def local_rays(c: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Return (x, y, 1) of pixel centres in camera coordinates [N, r, r, 3]."""
-    _, k = split_label(c)
-    centre = (torch.arange(resolution, device=c.device) + 0.5) / resolution
-    k = k[:, :, :, None, None]
-    y = ((centre[:, None] - k[:, 1, 2]) / k[:, 1, 1]).expand(len(c), resolution, resolution)
-    x = (centre - k[:, 0, 2] - k[:, 0, 1] * y) / k[:, 0, 0]
-    return torch.stack([x, y, torch.ones_like(x)], dim=-1)
+    return distance / local_rays(split_label(c)[1], distance.shape[-1]).norm(dim=-1).view_as(distance)
 
 
 def _outlines(landmarks, c, resolution):
@@ -215,11 +206,10 @@ def compare_views(here, there, c: torch.Tensor, c_other: torch.Tensor, mask: tor
     """Return colour difference, median depth difference and share seen [N, 3] of two drawn views; mask: [N, r, r]."""
     resolution = here.depth.shape[-1]
     colours = [interpolate(x.picture.float() / 255, size=resolution, mode='area') for x in (here, there)]
-    pose = split_label(c)[0]
-    rays = normalize(local_rays(c, resolution), dim=-1)
-    rays = (pose[:, None, None, :3, :3] * rays[..., None, :]).sum(dim=-1)
-    world = rays * here.depth[..., None] + pose[:, None, None, :3, 3]
-    place = project_points(world.flatten(1, 2), c_other)[0].view(*mask.shape, 2)
+    origins, rays = camera_rays(*split_label(c), resolution)
+    world = origins + rays * here.depth.flatten(1)[..., None]
+    place = project_points(world, c_other)[0].view(*mask.shape, 2)
+    world = world.view(*mask.shape, 3)
     distance = (world - split_label(c_other)[0][:, None, None, :3, 3]).norm(dim=-1)
     sample = {'mode': 'bilinear', 'align_corners': False, 'padding_mode': 'border'}
     surface = grid_sample(there.depth[:, None], place, **sample)[:, 0]

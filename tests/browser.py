@@ -5,7 +5,6 @@ python tests/browser.py --network=NETWORK.pkl --out=docs/viewer.png --measure=15
 """
 
 import contextlib
-import io
 import pathlib
 import re
 import shutil
@@ -18,12 +17,16 @@ from types import SimpleNamespace
 
 import click
 import numpy as np
-from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 DRIVER = shutil.which('chromedriver')
 PATIENCE = 60  # Seconds: machines of CI are shared.
+STILL_SECONDS = 0.5  # Longer than the viewer waits with the full picture.
+OTHER = 0.03  # Mean difference in bytes that tells a change of a picture: full ones are sent without loss.
+ALIKE = 0.2  # The same picture drawn in another way, as two seeds in one batch, may differ by a last place.
+PIXELS = 96  # To a side of what is read of a picture.
+MOVE_MS = 50  # Of each piece of a drag.
 # Software GL, and no connection to other hosts.
 FLAGS = ('--headless', '--no-sandbox', '--disable-dev-shm-usage', '--use-angle=swiftshader',
          '--enable-unsafe-swiftshader', '--disable-quic', '--no-first-run', '--disable-background-networking',
@@ -38,10 +41,32 @@ const look = () => read().some((x, i) => x !== before[i]) ? done(performance.now
 thumb.dispatchEvent(new KeyboardEvent('keydown', {key: key, code: key, bubbles: true}));
 look();
 """
-KEEP_PIXELS = """
+# What the middle of the canvas shows, as much as is free of the panel, once all that has arrived is decoded and drawn.
+READ = """
+const [canvas, side, done] = arguments, {width, height} = canvas;
+const small = new OffscreenCanvas(side, side).getContext('2d', {willReadFrequently: true});
+const read = () => {
+  small.drawImage(canvas, width / 2 - height / 3, height / 4, 2 * height / 3, 0.7 * height, 0, 0, side, side);
+  done(Array.from(small.getImageData(0, 0, side, side).data));
+};
+const look = () => decoding.size ? setTimeout(look, 10) : requestAnimationFrame(() => requestAnimationFrame(read));
+look();
+"""
+# Pixels of the canvas can be read, and which pictures are being decoded is known: viser has each at an URL meanwhile.
+PREPARE = """
 const get = HTMLCanvasElement.prototype.getContext;
 HTMLCanvasElement.prototype.getContext = function(kind, options) {
   return get.call(this, kind, {...options, preserveDrawingBuffer: true});
+};
+const decoding = new Set(), create = URL.createObjectURL, revoke = URL.revokeObjectURL;
+URL.createObjectURL = content => {
+  const url = create.call(URL, content);
+  if (content.type.startsWith('image/')) decoding.add(url);
+  return url;
+};
+URL.revokeObjectURL = url => {
+  decoding.delete(url);
+  revoke.call(URL, url);
 };
 """
 
@@ -90,6 +115,11 @@ def served(*arguments):
             process.communicate()
 
 
+def is_other(a: np.ndarray, b: np.ndarray, tolerance: float = OTHER) -> bool:
+    """Tell whether two pictures of `Page.picture` are not the same one."""
+    return bool(np.abs(a - b).mean() > tolerance)
+
+
 class Page:
     """A browser of its own on the page at an address; usable in `with`."""
 
@@ -104,9 +134,10 @@ class Page:
         if downloads is not None:
             options.add_experimental_option('prefs', {'download.default_directory': str(downloads)})
         options.set_capability('goog:loggingPrefs', {'performance': 'ALL'})
+        self._seen = (0, None)  # Number and pixels of the picture that was read last.
         self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
         self.driver.set_script_timeout(PATIENCE)
-        self.driver.execute_cdp_cmd('Page.addScriptToEvaluateOnNewDocument', {'source': KEEP_PIXELS})
+        self.driver.execute_cdp_cmd('Page.addScriptToEvaluateOnNewDocument', {'source': PREPARE})
         self.driver.get(address)
         self.driver.execute_script(HIDE_MESSAGES)
         self.until_still()
@@ -139,17 +170,42 @@ class Page:
             time.sleep(0.05)
         return result
 
-    def wait_for_picture(self, after: int = 0) -> None:
-        """Wait until a full picture later than number `after` stands."""
-        self.until(lambda: self.status()[0] > after and self.status()[1] == 'full', f'a picture after {after}')
+    def until_still(self) -> None:
+        """Wait until a full picture has stood for a while: then nothing is due any more."""
+        seen, since = None, time.monotonic()
+
+        def is_still():
+            nonlocal seen, since
+            status, now = self.status(), time.monotonic()
+            seen, since = status, since if status == seen else now
+            return status[1] == 'full' and now - since > STILL_SECONDS
+
+        self.until(is_still, 'a picture that stays')
+
+    @contextlib.contextmanager
+    def another_picture(self, is_one_event: bool = True):
+        """Expect that the block has the page show another picture, in full in the end.
+
+        is_one_event: the block moves a control once: the full picture is the last. Otherwise it has to stay.
+        """
+        number = self.status()[0]
+        before = self._seen[1] if self._seen[0] == number else self.picture()
+        yield
+        self.until(lambda: self.status()[0] > number and self.status()[1] == 'full', f'a picture after {number}')
+        if not is_one_event:
+            self.until_still()
+        self.until(lambda: is_other(self.picture(), before), 'other pixels')
+
+    def until_shown(self, picture: np.ndarray) -> None:
+        """Wait until the page shows a picture that it has shown before."""
+        self.until(lambda: not is_other(self.picture(), picture, ALIKE), 'the same pixels')
 
     def picture(self) -> np.ndarray:
-        """Return what the page shows of the avatar [H, W, 3]: the middle of the canvas."""
-        time.sleep(0.3)  # The browser decodes and draws what has arrived.
-        shot = Image.open(io.BytesIO(self.canvas().screenshot_as_png)).convert('RGB')
-        width, height = shot.size
-        box = (width // 2 - height // 3, height // 4, width // 2 + height // 3, height - height // 20)
-        return np.asarray(shot.crop(box)).astype(int)
+        """Return what the page shows of the avatar [R, R, 3]: the middle of the canvas, made small."""
+        number = self.status()[0]
+        pixels = self.driver.execute_async_script(READ, self.canvas(), PIXELS)
+        self._seen = number, np.array(pixels).reshape(PIXELS, PIXELS, 4)[..., :3]
+        return self._seen[1]
 
     def messages(self) -> list[str]:
         """Return the texts of messages, which are kept from lying over the avatar."""
@@ -158,7 +214,7 @@ class Page:
     def tab(self, name: str) -> None:
         """Open a tab."""
         next(x for x in self.find('[role=tab]') if x.text == name).click()
-        time.sleep(0.2)
+        time.sleep(0.1)
 
     def click(self, name: str) -> None:
         """Press a button."""
@@ -187,6 +243,21 @@ class Page:
         self.driver.execute_script('arguments[0].scrollIntoView({block: "center"})', thumb)
         thumb.send_keys(*keys)
 
+    def tick(self, label: str) -> None:
+        """Tick a box, or take the tick away."""
+        self.driver.execute_script('arguments[0].click()', self.control(label))
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose from a list."""
+        self.control(label).click()
+        shown = lambda: [x for x in self.find('[role=option]') if x.is_displayed() and x.text == option]
+        self.until(shown, f'the option {option}')[0].click()
+
+    def enter(self, label: str, number: int) -> None:
+        """Put a number in place of another, all at once."""
+        self.driver.execute_script('arguments[0].select()', self.control(label))
+        self.control(label).send_keys(str(number))
+
     def text_field(self, label: str):
         """Return the text field beside a label."""
         found = self.driver.execute_script(LABELS + 'return labels.find(x => x.textContent === arguments[0])', label)
@@ -196,7 +267,7 @@ class Page:
         """Drag the mouse over the avatar."""
         from selenium.webdriver import ActionChains
 
-        chain = ActionChains(self.driver).move_to_element(self.canvas()).click_and_hold()
+        chain = ActionChains(self.driver, duration=MOVE_MS).move_to_element(self.canvas()).click_and_hold()
         for _ in range(5):
             chain = chain.move_by_offset(right // 5, down // 5)
         chain.release().perform()
@@ -210,13 +281,6 @@ class Page:
             seconds.append(self.driver.execute_async_script(MEASURE, thumb, key, self.canvas()) / 1000)
         self.until_still()
         return seconds
-
-    def until_still(self) -> None:
-        """Wait until nothing is due any more."""
-        number = None
-        while (self.status() != number) or number[1] != 'full':
-            number = self.status()
-            time.sleep(0.5)
 
     def hosts(self) -> set[str]:
         """Return the hosts that the page has asked for something."""

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+from geometry.cameras import split_label
 from geometry.head_model import load_embedded_head
-from metrics.avatar import local_rays
 from metrics.estimator import Estimate, pose_of_labels
 from metrics.features import FeatureNetwork
 from metrics.subject import Drawn
 from training.mesh_render import MeshRenderer
+from training.volume.rays import local_rays
 
 FAR = 3.3
 
@@ -68,7 +69,7 @@ class MeshDrawer:
     def __call__(self, request):
         view = self.renderer.look(request.v, request.c)
         painted = self.renderer.paint(view, self.colours.expand(len(request.v), -1, -1))
-        rays = local_rays(request.c, self.renderer.resolution).norm(dim=-1)
+        rays = local_rays(split_label(request.c)[1], self.renderer.resolution).norm(dim=-1).view_as(view.depth)
         depth = torch.where(view.face >= 0, view.depth * rays, FAR)
         return Drawn((painted.clamp(0, 1) * 255).to(torch.uint8), depth)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from dataset_preprocessing.synthetic import make_dataset, train_estimator
 from dataset_preprocessing.synthetic.jitter import _blur, _quantise, jitter
@@ -22,6 +23,7 @@ from metrics.subject import MetricError
 from training.dataset import open_source
 
 COUNT = 20
+CLIP = estimator.DEFAULT_ESTIMATOR.parents[1] / 'demo' / 'clip'
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -117,6 +119,27 @@ def test_a_file_holds_weights_errors_and_scales(trained, people):
     assert float(aed) == pytest.approx(loaded.errors['aed'], rel=0.03)
     assert float(apd) == pytest.approx(loaded.errors['apd'], rel=0.03)
     assert torch.allclose(found.identity.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+def test_the_estimator_of_the_repository_knows_people_it_was_not_trained_on(people):
+    """Its errors on them are those in its file, and one person's pictures resemble each other more than others do."""
+    loaded = estimator.load_estimator(estimator.DEFAULT_ESTIMATOR)
+    assert estimator.DEFAULT_ESTIMATOR.stat().st_size < 8e6
+    assert loaded.expression_names == load_embedded_head().expression_names
+    source = open_source(people, None)
+    truth = torch.from_numpy(np.load(people / 'coefficients.npz')['expression'])
+    found = loaded(torch.from_numpy(np.stack([source.image(i) for i in range(COUNT)])))
+    aed = float((found.expression - truth).square().mean(dim=1).sqrt().mean())
+    assert aed == pytest.approx(loaded.errors['aed'], rel=0.3) and aed < 0.65 * loaded.errors['aed_of_the_mean']
+    pose = estimator.pose_of_labels(torch.from_numpy(np.array(source.labels)))
+    assert float((found.pose - pose).square().mean(dim=1).sqrt().mean()) < 1.6 * loaded.errors['apd']
+    for name, least in (('jawOpen', 0.9), ('mouthSmileLeft', 0.9), ('eyeBlinkRight', 0.8)):
+        column = loaded.expression_names.index(name)
+        assert torch.corrcoef(torch.stack([found.expression[:, column], truth[:, column]]))[0, 1] > least, name
+    frames = sorted(CLIP.glob('*.png'))  # One person who talks, blinks and turns.
+    one = loaded(torch.from_numpy(np.stack([np.asarray(Image.open(x)).transpose(2, 0, 1) for x in frames]))).identity
+    same, others = one @ one.T, found.identity @ found.identity.T
+    assert same.mean() > 0.8 and same.min() > others[~torch.eye(COUNT, dtype=torch.bool)].quantile(0.98)
 
 
 def test_training_learns_to_tell_pictures_apart(people):

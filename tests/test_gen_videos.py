@@ -16,7 +16,20 @@ import torch
 from PIL import Image
 from scipy.interpolate import interp1d
 from test_generator import meshes
-from video_data import CODEC_ERROR, SIDE, decode, difference, driving_folder, label, leftovers, plain, run, tiny_network
+from video_data import (
+    CODEC_ERROR,
+    SIDE,
+    decode,
+    difference,
+    driving_folder,
+    label,
+    leftovers,
+    needs_proc,
+    peaks_kb,
+    plain,
+    run,
+    tiny_network,
+)
 
 import cli
 import gen_videos_next3d
@@ -209,6 +222,16 @@ def test_what_does_not_change_is_computed_once(network, monkeypatch):
         assert {name: calls.count(name) for name in set(calls)} == dict.fromkeys(per_frame, 3)
 
 
+@needs_proc
+def test_memory_does_not_grow_with_length(network, tmp_path):
+    common = [f'--network={network.path}', *MESH, '--seeds=1,2', '--nrr=4', '--sample_mult=1', '--image_mode=image_raw']
+    short, long = peaks_kb('gen_videos_next3d', *(
+        [f'--outdir={tmp_path}/{frames}', f'--w-frames={frames}', *common] for frames in (15, 150)
+    ))  # fmt: skip
+    assert [len(decode(tmp_path / f'{frames}/interpolation.mp4')[0]) for frames in (15, 150)] == [30, 300]
+    assert long < 1.1 * short, (short, long)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes wrong
 
@@ -218,6 +241,7 @@ def test_what_does_not_change_is_computed_once(network, monkeypatch):
     (['--seeds=1', '--grid=0x2'], "expected columns and rows such as '4x2', each 1 to 100, got '0x2'"),
     (['--seeds=1', '--fixed', '--orbit=3'], '--fixed: expected none with --orbit'),
     (['--seeds=1', '--fps=0'], 'expected a finite number between 0 and 1000'),
+    (['--seeds=1', '--sample_mult=0.01'], '--sample_mult: num_depths, num_importance: expected at least 4 and 0, got'),
     (['--seeds=1', '--drive=/nowhere'], '--drive: expected none with --obj_path'),
     (['--seeds=1', '--network=/nowhere.pkl'], '/nowhere.pkl'),
 ])

@@ -402,7 +402,7 @@ def test_bad_input_is_told_in_one_line(network, people, weights, tmp_path):
     text = refused(*usual, '--metrics=kid5k')
     assert 'inception' in text and 'pt_inception-2015-12-05-6726825d.pth' in text and 'mseitzer/pytorch-fid' in text
     assert 'nothing at /nowhere' in refused(*usual, '--metrics=fid5k', '--inception=/nowhere')
-    assert 'train_estimator.py' in refused(*usual, '--metrics=aed')
+    assert 'train_estimator.py' in refused(*usual, '--metrics=aed', f'--estimator={tmp_path}/none.npz')
     assert 'deca_model.tar' in refused(*usual, '--metrics=aed', '--estimator=deca', f'--deca={tmp_path}')
     (tmp_path / 'broken.npz').write_bytes(weights.read_bytes()[:1000])
     assert 'none that can be read' in refused(*usual, '--metrics=aed', f'--estimator={tmp_path}/broken.npz')

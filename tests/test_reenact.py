@@ -4,8 +4,8 @@
 import json
 import os
 import re
+import shutil
 import subprocess
-import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -23,7 +23,9 @@ from video_data import (
     driving_folder,
     label,
     leftovers,
+    needs_proc,
     obj_text,
+    peaks_kb,
     plain,
     run,
     tiny_network,
@@ -226,6 +228,48 @@ def test_bad_packed_clips(tmp_path, arrays, message):
         driving.open_clip(tmp_path / 'clip.npz')
 
 
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+def test_packed_frames_that_are_not_finite_are_missing(network, tmp_path, save):
+    mesh, labels = meshes()[[0, 1, 2, 0, 1]].numpy(), label().numpy().repeat(5, 0)
+    mesh[1, 7, 2], labels[3, 16], mesh[0, 0, 0] = np.nan, np.inf, np.inf
+    names = np.array(['a_mirror', 'b', 'c', 'd', 'e'])  # What is ignored may be broken.
+    save(tmp_path / 'clip.npz', mesh=mesh, labels=labels, names=names)
+    result = reenact(network, tmp_path / 'clip.npz', tmp_path / 'out')
+    assert result.code == 1 and len(result.lines) == 1 and not (tmp_path / 'out').exists()
+    assert 'clip.npz: mesh of b: expected finite numbers, found others (and 1 more); --skip-missing' in result.message
+    result = reenact(network, tmp_path / 'clip.npz', tmp_path / 'out', '--skip-missing')
+    assert result.code == 0 and 'Wrote 2 frames' in result.output, result.output
+    clip = driving.open_clip(tmp_path / 'clip.npz', skip_missing=True)
+    assert clip.names == ['c', 'e'] and len(clip.labels) == 2 and np.array_equal(clip.mesh(1), mesh[4])
+    assert driving.open_clip(tmp_path / 'clip.npz', skip_missing=True, limit=1).names == ['c']
+    # Cameras of a video's own: the label does not count.
+    assert driving.open_clip(tmp_path / 'clip.npz', needs_labels=False, skip_missing=True).names == ['c', 'd', 'e']
+    with pytest.raises(DatasetError, match='label of d: expected 25 finite numbers with a rotation'):
+        save(tmp_path / 'clip.npz', mesh=mesh[2:], labels=labels[2:], names=names[2:])
+        driving.open_clip(tmp_path / 'clip.npz')
+    save(tmp_path / 'clip.npz', mesh=mesh[1:2], labels=labels[:1])
+    with pytest.raises(DatasetError, match='expected frames with all they need, found 0 of 1'):
+        driving.open_clip(tmp_path / 'clip.npz', skip_missing=True)
+
+
+def test_coefficients_that_are_not_finite_are_missing(talking, tmp_path):
+    own = np.random.default_rng(0).normal(size=[5144 + 68, 3]).astype(np.float32)
+    with np.load(talking / 'coefficients.npz') as file:
+        arrays = dict(file)
+    expected = driving.Retargeted(driving.open_clip(talking, True), own).mesh(1)
+    arrays['expression'][0, 3], arrays['identity'] = np.nan, np.stack([np.full(100, np.inf), arrays['identity']])
+    folder = tmp_path / 'folder'
+    shutil.copytree(talking, folder)
+    np.savez(folder / 'coefficients.npz', **arrays)
+    np.savez(tmp_path / 'clip.npz', **arrays, labels=label().numpy().repeat(2, 0))
+    for path, where in ((folder, 'coefficients.npz: 00000'), (tmp_path / 'clip.npz', 'coefficients of 00000')):
+        with pytest.raises(DatasetError, match=f'{where}: expected finite numbers, found others; --skip-missing'):
+            driving.open_clip(path, True)
+        clip = driving.open_clip(path, True, skip_missing=True)
+        assert clip.names == ['00001'] and np.isfinite(clip.mesh(0)).all()
+        assert np.allclose(driving.Retargeted(clip, own).mesh(0), expected, atol=1e-6)
+
+
 @pytest.fixture(scope='module')
 def talking(tmp_path_factory):
     """A driving folder as the synthetic data set writes it: meshes and coefficients of one person."""
@@ -325,31 +369,16 @@ def test_sound_and_rate_of_a_source_video(network, drive, tmp_path, sound):
     assert 'text.mp4: expected a video, found none that ffmpeg can read' in result.message
 
 
-MEASURE = '''
-import re, sys
-import torch
-torch.set_num_threads(1)
-import reenact_avatar_next3d
-reenact_avatar_next3d.main(sys.argv[1:], standalone_mode=False)
-print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])  # ru_maxrss counts parents, too.
-'''
-
-
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the peak from /proc')
+@needs_proc
 def test_memory_does_not_grow_with_length(network, tmp_path):
     driving_folder(tmp_path / 'short', names=[f'{i:03d}' for i in range(30)], side=256)
     os.mkdir(tmp_path / 'long')
     for i in range(300):
         for ending in ('.obj', '.png', '_kpt2d.txt'):
             os.link(tmp_path / f'short/{i % 30:03d}{ending}', tmp_path / f'long/{i:03d}{ending}')
-    peaks = {}
-    for name, count in (('short', 30), ('long', 300)):
-        words = [f'--drive_root={tmp_path}/{name}', f'--network={network.path}', f'--outdir={tmp_path}', '--seeds=1']
-        words += [f'--fname={name}', '--fixed_camera', '--nrr=4', '--device=cpu']
-        command = [sys.executable, '-c', MEASURE, *words]
-        result = subprocess.run(command, cwd=parity.ROOT, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert len(decode(tmp_path / f'{name}.mp4')[0]) == count
-        peaks[name] = int(re.search(r'peak (\d+)', result.stdout)[1])
-    print(peaks)
-    assert peaks['long'] < 1.1 * peaks['short'], peaks
+    common = [f'--network={network.path}', f'--outdir={tmp_path}', '--seeds=1', '--fixed_camera', '--nrr=4']
+    short, long = peaks_kb('reenact_avatar_next3d', *(
+        [f'--drive_root={tmp_path}/{name}', f'--fname={name}', *common] for name in ('short', 'long')
+    ))  # fmt: skip
+    assert [len(decode(tmp_path / f'{name}.mp4')[0]) for name in ('short', 'long')] == [30, 300]
+    assert long < 1.1 * short, (short, long)

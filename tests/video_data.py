@@ -5,10 +5,12 @@ import json
 import os
 import re
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import imageio_ffmpeg
 import numpy as np
+import pytest
 import torch
 from click.testing import CliRunner
 from helpers import HEAD
@@ -25,6 +27,15 @@ from training.topology import load_topology
 
 SIDE = 128  # Of a tiny network's pictures.
 CODEC_ERROR = 6  # Mean difference of bytes that H.264 may add to these pictures.
+
+MEASURE = """
+import importlib, re, sys
+import torch
+torch.set_num_threads(1)
+importlib.import_module(sys.argv[1]).main(sys.argv[2:], standalone_mode=False)
+print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])  # ru_maxrss counts parents, too.
+"""
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='reads the peak from /proc')
 
 
 def tiny_network(path, is_embedded=False, template=None):
@@ -59,6 +70,16 @@ def run(main, *arguments):
     result = CliRunner().invoke(main, [str(x) for x in arguments])
     lines = [line for line in re.split(r'[\r\n]', result.stderr) if line.strip()]
     return SimpleNamespace(code=result.exit_code, output=result.output, message=lines[-1] if lines else '', lines=lines)
+
+
+def peaks_kb(script, *runs):
+    """Return the peak memory in KiB of each run of a script, of which each is a list of arguments; all at once."""
+    commands = [[sys.executable, '-c', MEASURE, script, '--device=cpu', *map(str, words)] for words in runs]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for command in commands]
+    outputs = [process.communicate() for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return [int(re.search(r'peak (\d+)', output)[1]) for output, _ in outputs]
 
 
 def decode(path):

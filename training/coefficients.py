@@ -16,7 +16,10 @@ POSE_LENGTH = 6  # Of pose: head, then jaw. Of eye_pose: left, then right.
 
 
 class EmbeddedCoefficients:
-    """identity [I], or [T, I] of different people, and expression [T, E] of the embedded head, rows by frame."""
+    """identity [I], or [T, I] of different people, and expression [T, E] of the embedded head, rows by frame.
+
+    broken: names of frames with numbers that are not finite, here and in `FlameCoefficients`; they are taken for 0.
+    """
 
     def __init__(self, where: str | os.PathLike, arrays: dict[str, np.ndarray]):
         self.rows, count = _rows(arrays)
@@ -28,7 +31,7 @@ class EmbeddedCoefficients:
         given = tuple(str(name) for name in arrays.get('expression_names', head.expression_names))
         if given != head.expression_names:
             raise DatasetError(f'{where}: expression_names: expected those of the embedded head, found others')
-        self._expression, self._identity = torch.from_numpy(expression), torch.from_numpy(identity)
+        self.broken, (self._expression, self._identity) = _finite(self.rows, expression, identity)
 
     @torch.no_grad()
     def mesh(self, name: str) -> np.ndarray:
@@ -69,8 +72,8 @@ class FlameCoefficients:
         shape = floats(where, 'shape', shape, [count, num_identity])
         none = np.zeros([count, POSE_LENGTH])
         poses = [floats(where, x, arrays.get(x, none), [count, POSE_LENGTH]) for x in ('pose', 'eye_pose')]
-        parts = (shape, expression, poses[0][:, 3:], poses[1])
-        self._shape, self._expression, self._jaw, self._eyes = map(torch.from_numpy, parts)
+        self.broken, parts = _finite(self.rows, shape, expression, poses[0][:, 3:], poses[1])
+        self._shape, self._expression, self._jaw, self._eyes = parts
         try:
             self.head: FlameHead = load_flame_beside(
                 flame_path or PUBLISHED_FOLDER, num_identity=num_identity, num_expression=num_expression
@@ -130,14 +133,21 @@ def has_coefficients(arrays: dict[str, np.ndarray]) -> bool:
 
 
 def floats(where: str | os.PathLike, name: str, array, shape: list[int]) -> np.ndarray:
-    """Return an array as finite float32 of a shape; DatasetError where it is not."""
+    """Return an array as float32 of a shape, finite or not; DatasetError where it is of another."""
     try:
         array = np.asarray(array, dtype=np.float32)
     except (TypeError, ValueError):
         raise DatasetError(f'{where}: {name}: expected numbers {shape}, found {array.dtype}') from None
-    if list(array.shape) != shape or not np.isfinite(array).all():
+    if list(array.shape) != shape:
         raise DatasetError(f'{where}: {name}: expected finite numbers {shape}, found {list(array.shape)}')
     return array
+
+
+def _finite(rows, *arrays):
+    """Return the names of frames whose row of an array [T, ...] is not finite, and tensors with 0 in place of that."""
+    is_bad = np.any([~np.isfinite(array).all(axis=1) for array in arrays], axis=0)
+    filled = [torch.from_numpy(np.where(np.isfinite(array), array, np.float32(0))) for array in arrays]
+    return {name for name, row in rows.items() if is_bad[row]}, filled
 
 
 def _rows(arrays):

@@ -23,7 +23,7 @@ from training.files import DatasetError, FileSet
 MESH_ENDING, LANDMARK_ENDING = '.obj', '_kpt2d.txt'
 COEFFICIENTS_FILE = 'coefficients.npz'
 FAULTS_TOLD = 5
-CHECKED_AT_A_TIME = 64
+NOT_FINITE = 'expected finite numbers, found others'
 
 
 class NoCoefficientsError(DatasetError):
@@ -57,13 +57,13 @@ def open_clip(
 
     with_coefficients: make the meshes from coefficients of a head model, even where the clip has some; a clip without
     meshes is made so anyway. NoCoefficientsError where it has none. needs_labels: whether cameras are used.
-    skip_missing: leave frames out that lack something; otherwise the first of them raise DatasetError, which names the
-    files. limit: use at most so many frames. flame_path: FLAME's model file or its folder, for its coefficients; None:
-    the published place.
+    skip_missing: leave frames out that lack something or whose numbers are not finite; otherwise the first of them
+    raise DatasetError, which names the files or the frames. limit: use at most so many frames. flame_path: FLAME's
+    model file or its folder, for its coefficients; None: the published place.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix.lower() == '.npz':
-        return PackedClip(path, with_coefficients, needs_labels, limit, flame_path)
+        return PackedClip(path, with_coefficients, needs_labels, skip_missing, limit, flame_path)
     return FolderClip(path, with_coefficients, needs_labels, skip_missing, limit, flame_path)
 
 
@@ -92,20 +92,8 @@ class FolderClip:
             raise NoCoefficientsError(f'{where}: expected coefficients of a head model, found no such file')
         table = self._labels() if needs_labels else {}
         frames = self._frames(table)
-        faults, complete = [], []
-        for stem in frames:
-            missing = list(self._faults(stem, table, needs_labels))
-            faults += missing
-            if not missing:
-                complete.append(stem)
-            if limit is not None and len(complete) == limit:
-                break
-        if faults and not skip_missing:
-            raise DatasetError(_summary(path, faults))
-        if not complete:
-            raise DatasetError(f'{path}: expected frames with all they need, found 0 of {len(frames)}')
-        self.names = complete
-        self.labels = np.stack([table[stem] for stem in complete]) if needs_labels else None
+        self.names = _whole(path, frames, lambda stem: self._faults(stem, table, needs_labels), skip_missing, limit)
+        self.labels = np.stack([table[stem] for stem in self.names]) if needs_labels else None
         self.num_vertices = len(self.mesh(0)) - NUM_LANDMARKS
 
     def mesh(self, index):
@@ -149,6 +137,8 @@ class FolderClip:
         if self.coefficients is not None:
             if stem not in self.coefficients.rows:
                 yield f'{COEFFICIENTS_FILE}: {stem}'
+            elif stem in self.coefficients.broken:
+                yield f'{self._files.path}/{COEFFICIENTS_FILE}: {stem}: {NOT_FINITE}'
         else:
             absent = [stem + ending for ending in (MESH_ENDING, LANDMARK_ENDING) if stem + ending not in self._present]
             yield from absent
@@ -183,6 +173,23 @@ class FolderClip:
         vertices = parse_obj_vertices(self._files.read(mesh), f'{self._files.path}/{mesh}')
         points = parse_landmarks(self._files.read(landmarks), f'{self._files.path}/{landmarks}')
         return np.concatenate([vertices, points])
+
+
+def _whole(path, frames, faults_of, skip_missing, limit):
+    """Return the frames without faults, at most `limit`; DatasetError where others may not be skipped, or for none."""
+    faults, whole = [], []
+    for frame in frames:
+        found = list(faults_of(frame))
+        faults += found
+        if not found:
+            whole.append(frame)
+        if limit is not None and len(whole) == limit:
+            break
+    if faults and not skip_missing:
+        raise DatasetError(_summary(path, faults))
+    if not whole:
+        raise DatasetError(f'{path}: expected frames with all they need, found 0 of {len(frames)}')
+    return whole
 
 
 def _summary(folder, faults):
@@ -234,10 +241,11 @@ class Retargeted:
 class PackedClip:
     """One .npz: names [T], labels [T, 25], fps, and either mesh [T, V + 68, 3] or coefficients; arguments: `open_clip`.
 
-    Meshes that np.savez stored stay on the disk; those of np.savez_compressed are taken into memory.
+    Meshes that np.savez stored stay on the disk; those of np.savez_compressed are taken into memory. A frame lacks
+    something where its mesh, coefficients or label are not finite, or its label holds no rotation.
     """
 
-    def __init__(self, path: pathlib.Path, with_coefficients: bool, needs_labels: bool, limit, flame_path=None):
+    def __init__(self, path: pathlib.Path, with_coefficients, needs_labels, skip_missing, limit, flame_path=None):
         arrays = _load_npz(path, leave={'mesh', 'pictures'})
         shapes = {name: value.shape for name, value in arrays.items()}
         expression = 'expression' if 'expression' in arrays else 'exp'
@@ -251,16 +259,19 @@ class PackedClip:
         names = [_stem(str(name)) for name in arrays['names'].reshape(-1)]
         if len(names) != count or not count:
             raise DatasetError(f'{path}: expected names of {count} frames, at least 1, found {len(names)}')
-        kept = [i for i, name in enumerate(names) if not name.endswith(MIRROR_ENDING)][:limit]
-        self._rows, self.names = kept, [names[i] for i in kept]
         self.coefficients = None if main == 'mesh' else read_coefficients(path, arrays, flame_path)
         self.fps = _fps(path, arrays)
-        self.labels = self._checked_labels(path, arrays, count)[kept] if needs_labels else None
+        labels = self._all_labels(path, arrays, count) if needs_labels else None
         self._mesh, self._pictures = arrays.get('mesh'), arrays.get('pictures')
-        if main == 'mesh':
-            self._check_mesh(path, shapes['mesh'])
+        mesh = shapes[main] if main == 'mesh' else None
+        if mesh is not None and (len(mesh) != 3 or mesh[2] != 3 or mesh[1] <= NUM_LANDMARKS):
+            raise DatasetError(f'{path}: mesh: expected float32 [T, V + {NUM_LANDMARKS}, 3], found {list(mesh)}')
         if self._pictures is not None and (len(shapes['pictures']) != 4 or shapes['pictures'][::3] != (count, 3)):
             raise DatasetError(f'{path}: pictures: expected uint8 [{count}, H, W, 3], found {list(shapes["pictures"])}')
+        frames = [(row, name) for row, name in enumerate(names) if not name.endswith(MIRROR_ENDING)]
+        whole = _whole(path, frames, lambda frame: self._faults(path, *frame, labels), skip_missing, limit)
+        self._rows, self.names = [row for row, _ in whole], [name for _, name in whole]
+        self.labels = None if labels is None else labels[self._rows]
         self.num_vertices = len(self.mesh(0)) - NUM_LANDMARKS
 
     def mesh(self, index):
@@ -271,22 +282,20 @@ class PackedClip:
     def picture(self, index):
         return None if self._pictures is None else np.array(self._pictures[self._rows[index]], dtype=np.uint8)
 
-    def _check_mesh(self, path, shape):
-        if len(shape) != 3 or shape[2] != 3 or shape[1] <= NUM_LANDMARKS:
-            raise DatasetError(f'{path}: mesh: expected float32 [T, V + {NUM_LANDMARKS}, 3], found {list(shape)}')
-        for index in range(len(self.names)):
-            if not np.isfinite(self.mesh(index)).all():
-                raise DatasetError(f'{path}: mesh of {self.names[index]}: expected finite numbers, found others')
+    def _faults(self, path, row, name, labels) -> Iterator[str]:
+        """Yield what of a frame cannot be used."""
+        if self.coefficients is not None and name in self.coefficients.broken:
+            yield f'{path}: coefficients of {name}: {NOT_FINITE}'
+        elif self.coefficients is None and not np.isfinite(self._mesh[row].astype(np.float32)).all():
+            yield f'{path}: mesh of {name}: {NOT_FINITE}'
+        if labels is not None and not paths.is_pose(labels[row]):
+            yield f'{path}: label of {name}: expected {LABEL_LENGTH} finite numbers with a rotation'
 
     @staticmethod
-    def _checked_labels(path, arrays, count):
+    def _all_labels(path, arrays, count):
         if 'labels' not in arrays:
             raise DatasetError(f'{path}: expected an array labels [{count}, {LABEL_LENGTH}], or --fixed-camera')
-        labels = floats(path, 'labels', arrays['labels'], [count, LABEL_LENGTH])
-        for number, label in enumerate(labels):
-            if not paths.is_pose(label):
-                raise DatasetError(f'{path}: labels of frame {number}: expected a rotation in the camera pose')
-        return labels
+        return floats(path, 'labels', arrays['labels'], [count, LABEL_LENGTH])
 
 
 class _Stored:

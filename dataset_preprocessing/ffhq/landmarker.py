@@ -4,6 +4,7 @@
 import importlib.util
 import os
 import pathlib
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,10 @@ def model_path(path: str | None) -> pathlib.Path:
 
 
 class Landmarker:
-    """Finds faces in RGB pictures. Raises PreprocessError where MediaPipe or its model is missing."""
+    """Finds faces in RGB pictures. Raises PreprocessError where MediaPipe or its model is missing.
+
+    close(): ends its threads, as the end of the object or of the program does, before parts of the interpreter are gone.
+    """
 
     def __init__(self, path: str | None = None, confidence: float = CONFIDENCE):
         model = model_path(path)
@@ -94,6 +98,7 @@ class Landmarker:
             self._landmarker = vision.FaceLandmarker.create_from_options(options)
         except (RuntimeError, ValueError) as error:
             raise PreprocessError(f'{model}: expected face_landmarker.task, found another file') from error
+        self.close = weakref.finalize(self, self._landmarker.close)
         self._wrap = lambda pixels: mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=pixels)
 
     def __call__(self, image: Image.Image) -> list[Face]:
@@ -110,10 +115,6 @@ class Landmarker:
             if found:
                 return distinct(found)
         return []
-
-    def close(self) -> None:
-        """End its threads: left alone, they end with an error after parts of the interpreter are gone."""
-        self._landmarker.close()
 
     def _detect(self, pixels, left, top, right, bottom):
         """Return the faces of a part of a picture, in pixels of the whole."""
