@@ -135,6 +135,11 @@ def to_world(points: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     return points * WORLD_SCALE + new(WORLD_SHIFT)
 
 
+def from_world(points: np.ndarray) -> np.ndarray:
+    """Return points [..., 3] of the world in metres, as meshes have them, and of the same type."""
+    return (points - points.dtype.type(WORLD_SHIFT)) / WORLD_SCALE
+
+
 def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
     """Return unit normals [N, V, 3] of meshes [N, V, 3] with faces [F, 3]: means over faces, weighted by area."""
     a, b, c = (vertices.index_select(1, corner) for corner in faces.unbind(dim=1))

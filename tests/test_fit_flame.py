@@ -18,6 +18,7 @@ from dataset_preprocessing.ffhq.files import PreprocessError
 from dataset_preprocessing.ffhq.points import IBUG_OF_MESH
 from geometry.flame import NUM_CONTOUR_ROWS
 from geometry.head_model import load_embedded_head
+from geometry.meshes import from_world, to_world
 from geometry.mirror import LANDMARK_MIRROR
 from training.dataset import FolderSource
 from training.driving import open_clip
@@ -190,10 +191,12 @@ def test_photographs_become_data_of_flame(wild, photos, flame, tmp_path):  # noq
     head = flame_points.load_flame_head(flame[0] / 'generic_model.pkl')
     with np.load(tmp_path / 'out' / 'coefficients.npz') as arrays:
         x = {name: torch.from_numpy(arrays[name]) for name in ('shape', 'exp', 'pose', 'eye_pose')}
+        sizes = arrays['size']
         assert arrays['error'].max() < 0.03 and x['exp'].shape == (3, 50) and not x['pose'][:, :3].any()
     mesh = head(x['shape'], x['exp'], jaw_pose=x['pose'][:, 3:], eye_pose=x['eye_pose']).stacked().numpy()
     for row in range(3):
-        assert np.abs(clip.mesh(row) - mesh[row]).max() < 2e-6
+        sized = from_world(sizes[row] * to_world(mesh[row]))
+        assert np.abs(clip.mesh(row) - sized).max() < 2e-6
     before = content(tmp_path)
     assert wild(photos, *flags).exit_code == 0 and content(tmp_path) == before
     result = wild(photos, f'--outdir={tmp_path}/out')

@@ -12,11 +12,12 @@ from PIL import Image
 
 from dataset_preprocessing import check_data, report_page
 from dataset_preprocessing.ffhq import (
-    dense_points, faces_file, files, fit_head, fitting, landmarker, preprocess_in_the_wild, solver,
+    alignment, dense_points, faces_file, files, fit_head, fitting, landmarker, preprocess_in_the_wild, solver,
 )  # fmt: skip
 from dataset_preprocessing.ffhq.files import PreprocessError
 from dataset_preprocessing.ffhq.points import IBUG_OF_MESH
 from dataset_preprocessing.overlay import draw_overlay
+from dataset_preprocessing.synthetic import bake_errors
 from dataset_preprocessing.synthetic.expressions import random_expression
 from dataset_preprocessing.synthetic.people import camera_label, random_label
 from geometry.cameras import project_mesh
@@ -107,6 +108,87 @@ def test_one_identity_and_smooth_motion(fitter, people):
     turned, truly = (angles_between(x, x[:1].repeat(COUNT, 0)) for x in (found, labels))
     assert np.abs(turned - truly).max() < 1
     assert max(f.error for f in smooth) < 0.03
+
+
+def test_heads_of_any_size_are_found(fitter, people):
+    points = seen_points(fitter, *people)[:8]
+    scores = people[1][:8]
+    plain, small = fitter.batch(points, scores), fitter.batch((points - 255.5) * 0.9 + 255.5, scores)
+    table = dense_points.load_dense_points()
+    for one, other in zip(plain, small, strict=True):
+        assert one.size == pytest.approx(1, abs=0.02) and other.size / one.size == pytest.approx(0.9, abs=0.01)
+        assert np.abs(one.expression - other.expression).max() < 0.1
+        # What is written lies where the fit says: the surface, but for the detector's mean error.
+        surface = table.on(torch.from_numpy(fitter.mesh(other)[0])[None])[0].numpy()
+        places = project_mesh(surface + other.size * fitter.model.errors.offset.numpy(), other.label)[0]
+        assert np.abs(512 * places - 0.5 - other.reprojected).max() < 0.05
+    labels = (np.stack([fit.label for fit in fits]) for fits in (plain, small))
+    assert np.median(angles_between(*labels)) < 0.4
+
+
+def test_pictures_cut_aside_are_seen_by_a_turned_camera(fitter, people):
+    points, labels = seen_points(fitter, *people), people[2]
+    crop = alignment.Crop(700, 700, -162 - 130, -162 + 100, 1024)  # As large; the middle 2.5° and 1.9° aside.
+    turned = np.stack([alignment.label_in_training_picture(label, (512, 512), crop) for label in labels])
+    points = np.stack([alignment.points_in_training_picture(each, (512, 512), crop) for each in points])
+    found = np.stack([fit.label for fit in fitter.batch(points, people[1])])
+    expected, before = (np.median(angles_between(found, truth)) for truth in (turned, labels))
+    assert expected < 1 < 0.5 * before
+
+
+def test_usual_errors_tell_nothing():
+    """Products with the inverse of the points' covariance, diag(1/weight) + modes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 5, 2), (2, 10, 4)
+    modes, columns = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in sizes)
+    weight = 1 + torch.rand(2, 5, generator=generator, dtype=torch.float64)
+    root = weight.repeat_interleave(2, dim=1).sqrt()
+    inverse = torch.linalg.inv(torch.diag_embed(root**-2) + (solver.FOCAL / solver.RADIUS) ** 2 * (
+        modes.flatten(1).mT @ modes.flatten(1)))
+    expected = columns.mT @ inverse @ columns
+    assert torch.allclose(solver._products(columns * root[..., None], modes, weight), expected)
+
+
+def test_tables_of_the_detectors_errors(fitter, tmp_path):
+    table, errors = dense_points.load_dense_points(), dense_points.load_detector_errors()
+    assert (errors.offset[table.mirror] - errors.offset * torch.tensor([-1, 1, 1])).abs().max() < 2e-5
+    assert (errors.deviation[table.mirror] / errors.deviation - 1).abs().median() < 0.01
+    names = fitter.head.expression_names
+    scores = np.zeros(52)
+    scores[[names.index(name) for name in ('mouthSmileLeft', 'mouthSmileRight')]] = 0.9
+    told = dict(zip(names, errors.expected(scores), strict=True))
+    assert min(told.values()) >= 0 and max(told.values()) <= 1
+    assert told['mouthSmileLeft'] > 0.6 and abs(told['mouthSmileLeft'] - told['mouthSmileRight']) < 0.02
+    assert told['jawOpen'] < 0.3 and told['eyeBlinkLeft'] < 0.3
+    with pytest.raises(PreprocessError, match='expected tables of the detector'):
+        dense_points.load_detector_errors(dense_points.POINTS_FILE)
+
+
+def test_errors_that_go_together_are_learned():
+    rng = np.random.default_rng(0)
+    modes, own = rng.normal(size=[12, 2]) * 0.003, np.full(12, 0.002)
+    x = rng.normal(size=[4000, 2]) @ modes.T + rng.normal(size=[4000, 12]) * own
+    is_known = rng.random(x.shape) < 0.8
+    found, deviation = bake_errors.factors(np.where(is_known, x, 1e3), is_known, 2)
+    assert np.corrcoef((found @ found.T).ravel(), (modes @ modes.T).ravel())[0, 1] > 0.99
+    assert np.allclose(deviation, own, rtol=0.1)
+
+
+def test_mean_errors_and_scores_are_learned(fitter, people):
+    rng, table, names = np.random.default_rng(1), dense_points.load_dense_points(), list(fitter.head.expression_names)
+    identity, expression, labels = (np.repeat(array, 5, axis=0) for array in people)
+    head = fitter.head(torch.from_numpy(identity), torch.from_numpy(expression))
+    surface = table.on(head.vertices).numpy()
+    offset = rng.normal(0, 0.002, [478, 3])
+    offset = (offset + offset[table.mirror.numpy()] * [-1, 1, 1]) / 2
+    points = np.stack([project_mesh(s + offset, label)[0] for s, label in zip(surface, labels, strict=True)])
+    found = bake_errors.Found(points, surface, labels.astype(float), 0.5 * expression, expression.astype(float))
+    arrays = bake_errors.learn(found, names, 2)
+    core = table.deviation.numpy() < 0.004
+    assert np.abs(arrays['offset'] - offset)[core].max() < 3e-4
+    jaw = names.index('jawOpen')
+    told = bake_errors.score_terms(found.scores) @ arrays['scores']
+    assert np.corrcoef(told[:, jaw], expression[:, jaw])[0, 1] > 0.95
 
 
 def test_chained_systems_are_those_of_one_matrix():

@@ -137,6 +137,24 @@ def points_in_training_picture(points: np.ndarray, size: tuple[int, int], crop: 
     return (points_in_crop(points, size, crop) - offset + 0.5) * (OUTPUT_SIDE / CENTRE_SIDE) - 0.5
 
 
+def label_in_training_picture(label: np.ndarray, size: tuple[int, int], crop: Crop) -> np.ndarray:
+    """Return the label [25] that a square picture's label becomes for the `training_picture` cut from it.
+
+    What the crop has in its middle was seen at an angle; read with a centred camera it lies ahead. So the camera stays
+    where it is and turns until that ray is its axis, by the smallest rotation. Exact for the ray in the middle; others
+    are off by the products of small angles. That the crop magnifies is left to the head's size: distances are the same.
+    """
+    corners = np.array([[-0.5, -0.5], [size[0] - 0.5, size[1] - 0.5]])  # In the picture; its edges.
+    first, last = points_in_training_picture(corners, size, crop) + 0.5
+    middle = (OUTPUT_SIDE / 2 - first) / (last - first)
+    pose, k = label[:16].reshape(4, 4).astype(np.float64), label[16:].reshape(3, 3).astype(np.float64)
+    ray = np.linalg.solve(k, [*middle, 1.0])
+    ray /= np.linalg.norm(ray)
+    cross = np.array([[0, 0, ray[0]], [0, 0, ray[1]], [-ray[0], -ray[1], 0]])  # Of the axis with the ray.
+    pose[:3, :3] = pose[:3, :3] @ (np.eye(3) + cross + cross @ cross / (1 + ray[2]))
+    return np.concatenate([pose.ravel(), label[16:]]).astype(np.float32)
+
+
 # --- FFHQ's alignment ------------------------------------------------------------------------------------------------
 
 

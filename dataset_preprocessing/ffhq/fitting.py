@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from dataset_preprocessing.ffhq import alignment, solver
 from dataset_preprocessing.ffhq.alignment import OUTPUT_SIDE, Crop, Placement
-from dataset_preprocessing.ffhq.dense_points import load_dense_points
+from dataset_preprocessing.ffhq.dense_points import load_dense_points, load_detector_errors
 from dataset_preprocessing.ffhq.faces_file import FoundFace
 from dataset_preprocessing.ffhq.files import PreprocessError
 from dataset_preprocessing.ffhq.flame_points import FlamePoints, load_flame_head
@@ -22,6 +22,7 @@ from dataset_preprocessing.ffhq.head_points import EmbeddedPoints
 from dnnlib import atomic_write
 from geometry.cameras import intrinsics, make_label
 from geometry.head_model import HeadMesh, load_embedded_head
+from geometry.meshes import from_world, to_world
 
 BATCH = 16  # Items solved together, always the same ones: rounding depends on the company.
 MAX_IDENTITY_ITEMS = 48  # Of one person's pictures, spread over all, tell the identity.
@@ -31,14 +32,17 @@ HEAD_MODELS = ('embedded', 'flame')
 
 
 class HeadFit(NamedTuple):
-    """A fit of one item: identity [100], expression [52], label [25]; points [478, 2] of the training picture in pixels
-    and reprojected likewise. gaze [4]: pitch and yaw of the person's left, then right eye, radians, up and towards the
-    picture's right positive. error: median distance of both over that of the eyes. Of FLAME: expression [57], the local
-    coefficients of FlamePoints, and points [70, 2]."""
+    """A fit of one item: identity [100], expression [52], label [25]. size: of the head, about the world's origin.
+
+    points [478, 2]: of the training picture in pixels; reprojected likewise. gaze [4]: pitch and yaw of the person's
+    left, then right eye, radians, up and towards the picture's right positive. error: median distance of both over that
+    of the eyes. Of FLAME: expression [57], the local coefficients of FlamePoints, and points [70, 2].
+    """
 
     identity: np.ndarray
     expression: np.ndarray
     label: np.ndarray
+    size: np.ndarray
     points: np.ndarray
     reprojected: np.ndarray
     gaze: np.ndarray
@@ -75,7 +79,7 @@ class HeadFitter:
         if head_model == 'flame':
             self.model = FlamePoints(load_flame_head(flame_path).to(device), embedded, table, dtype)
         else:
-            self.model = EmbeddedPoints(embedded.to(device), table, dtype)
+            self.model = EmbeddedPoints(embedded.to(device), table, load_detector_errors(), dtype)
         self.head = self.model.head
 
     @property
@@ -87,6 +91,13 @@ class HeadFitter:
         """Return the mean head."""
         zero = self.head.uvs.new_zeros
         return self.model.mesh(zero([1, self.head.num_identity]), zero([1, len(self.model.lower)]))
+
+    @torch.no_grad()
+    def mesh(self, fit: HeadFit) -> tuple[np.ndarray, np.ndarray]:
+        """Return vertices [V, 3] and landmarks [68, 3] of a fit, metres, as they lie in its label's picture."""
+        device = self.model.deviation.device
+        mesh = self.model.mesh(*(torch.from_numpy(x)[None].to(device) for x in (fit.identity, fit.expression)))
+        return tuple(from_world(fit.size * to_world(x[0].cpu().numpy())) for x in (mesh.vertices, mesh.landmarks))
 
     def batch(self, points: np.ndarray, scores: np.ndarray, identity: np.ndarray | None = None, **options):
         """Return HeadFits of points [N, 478, 2] in the training picture and expected local coefficients [N, L].
@@ -126,7 +137,7 @@ class HeadFitter:
         eyes = targets[:, first].mean(dim=1) - targets[:, second].mean(dim=1)
         error = (reprojected - targets).norm(dim=2).median(dim=1).values / eyes.norm(dim=1)
         arrays = (
-            identity, fit.local, labels, targets * OUTPUT_SIDE - 0.5, reprojected * OUTPUT_SIDE - 0.5,
+            identity, fit.local, labels, fit.size, targets * OUTPUT_SIDE - 0.5, reprojected * OUTPUT_SIDE - 0.5,
             self.model.gaze(fit.local), error,
         )  # fmt: skip
         rounded = (array.cpu().numpy().round(DECIMALS).astype(np.float32) for array in arrays)

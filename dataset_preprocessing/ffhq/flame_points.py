@@ -102,6 +102,7 @@ class FlamePoints:
         self._joints = regressor @ head.template.to(dtype)
         self._joint_directions = torch.einsum('jv,vkc->jkc', regressor, directions.to(dtype))
         deviation = torch.from_numpy(self.shares @ table.deviation.numpy()).to(device, dtype)
+        self.modes = self._weights.new_zeros([0, len(self.shares), 2])
         self.deviation = WORLD_SCALE * (DEVIATION_SHARE * deviation).clamp(min=LEAST_DEVIATION)
         normals = vertex_normals(head.template[None], head.faces)[0][corners].to(dtype)
         self.normals = torch.nn.functional.normalize((normals * self._weights).sum(dim=1), dim=1)

@@ -4,17 +4,29 @@
 import numpy as np
 import torch
 
-from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints
+from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints, DetectorErrors
 from dataset_preprocessing.ffhq.faces_file import FoundFace
 from geometry.head_model import EmbeddedHead, HeadMesh
 from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, vertex_normals
 
 LEAST_DEVIATION = 0.0010  # Metres, of a point of the detector.
-SCORE_DEVIATION, GAZE_DEVIATION, ABSENT_DEVIATION = 0.25, 0.6, 0.1  # Of expressions: scored, of the eyes, not scored.
+LEAST_SCORE_DEVIATION = 0.04  # Of an expression from what scores tell; rare ones hardly differ in drawn people.
+# Modes taken at their size give the likeliest head and camera, which leave points where a mode explains them. Meshes
+# shall lie on the picture, too: with this share cameras are as good (docs/preprocessing.md).
+MODE_SHARE = 0.4
 SCORE_STEP, GAZE_STEP = 0.35, 0.35  # How much an expression changes from frame to frame.
 GAZE_PREFIX = 'eyeLook'
 # Degrees that the embedded head's eyeballs turn at weight 1.
 SIDEWAYS_DEG, UP_DEG, DOWN_DEG = 25.0, 18.0, 22.0
+
+
+def point_normals(head: EmbeddedHead, table: DensePoints) -> torch.Tensor:
+    """Return the normals [478, 3] of the neutral head at the detector's points."""
+    corners, weights = table.corners.to(head.mean.device), table.weights.to(head.mean)[..., None]
+    normals = (vertex_normals(head.mean[None], head.faces)[0][corners] * weights).sum(dim=1)
+    # Eyeballs are seen wherever the eye is.
+    normals[FIRST_IRIS:] = normals.new_tensor([0, 0, 1])
+    return normals
 
 
 class EmbeddedPoints:
@@ -25,26 +37,25 @@ class EmbeddedPoints:
 
     eyes = (33, 133), (362, 263)
 
-    def __init__(self, head: EmbeddedHead, table: DensePoints, dtype: torch.dtype = torch.float32):
-        self.head, self.num_identity = head, head.num_identity
+    def __init__(self, head: EmbeddedHead, table: DensePoints, errors: DetectorErrors, dtype=torch.float64):
+        self.head, self.num_identity, self.errors = head, head.num_identity, errors
         device = head.mean.device
         corners, weights = table.corners.to(device), table.weights.to(device, dtype)[..., None]
 
         def at_points(basis):
             return WORLD_SCALE * (basis.to(dtype)[:, corners] * weights).sum(dim=2)
 
-        self.mean = at_points(head.mean[None])[0] + torch.tensor(WORLD_SHIFT, dtype=dtype, device=device)
+        offset = WORLD_SCALE * errors.offset.to(device, dtype)
+        self.mean = at_points(head.mean[None])[0] + torch.tensor(WORLD_SHIFT, dtype=dtype, device=device) + offset
         self.identity_basis = at_points(head.identity_basis.unflatten(1, (-1, 3)))
         self.expression_basis = at_points(head.expression_basis.unflatten(1, (-1, 3)))
-        self.deviation = WORLD_SCALE * table.deviation.to(device, dtype).clamp(min=LEAST_DEVIATION)
-        self.normals = (vertex_normals(head.mean[None], head.faces)[0][corners].to(dtype) * weights).sum(dim=1)
-        # Eyeballs are seen wherever the eye is.
-        self.normals[FIRST_IRIS:] = self.normals.new_tensor([0, 0, 1])
+        self.deviation = WORLD_SCALE * errors.deviation.to(device, dtype)
+        self.modes = MODE_SHARE * WORLD_SCALE * errors.modes.to(device, dtype)
+        self.normals = point_normals(head, table).to(dtype)
         is_gaze = torch.tensor([name.startswith(GAZE_PREFIX) for name in head.expression_names], device=device)
         ones = self.mean.new_ones(head.num_expression)
         self.lower, self.upper = 0 * ones, ones
-        self.local_deviation = torch.where(is_gaze, GAZE_DEVIATION, SCORE_DEVIATION).to(dtype)
-        self.local_deviation[head.expression_names.index('tongueOut')] = ABSENT_DEVIATION
+        self.local_deviation = errors.score_deviation.to(device, dtype).clamp(min=LEAST_SCORE_DEVIATION)
         self.step_deviation = torch.where(is_gaze, GAZE_STEP, SCORE_STEP).to(dtype)
         self._closing, self._opening = (head.expression_names.index(name) for name in ('mouthClose', 'jawOpen'))
         self._identity_slope = self.identity_basis.permute(1, 2, 0).contiguous()[None]
@@ -70,8 +81,9 @@ class EmbeddedPoints:
         return points
 
     def expected(self, face: FoundFace) -> np.ndarray:
-        """Return the detector's scores [52] in the head's order; 0 for those it does not know."""
-        return np.array([face.expressions.get(name, 0.0) for name in self.head.expression_names], dtype=np.float32)
+        """Return expressions [52] as the detector's scores tell them."""
+        scores = np.array([face.expressions.get(name, 0.0) for name in self.head.expression_names])
+        return self.errors.expected(scores).astype(np.float32)
 
     def gaze(self, local: torch.Tensor) -> torch.Tensor:
         """Return pitch and yaw of the person's left and right eye [N, 4], radians, up and picture-right positive."""

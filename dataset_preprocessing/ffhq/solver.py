@@ -21,7 +21,7 @@ POSE_ITERATIONS, ITERATIONS = 4, 10
 DAMPING = 1e-4  # Of the diagonal.
 MAX_TURN, MAX_SHIFT, MAX_COEFFICIENT = 0.3, 0.5, 1.5  # The longest step.
 ROBUST = 2.0  # Standard deviations at which a point counts half.
-RADIUS_DEVIATION = 0.002  # World units: the camera is put at RADIUS exactly afterwards.
+RADIUS_DEVIATION = 0.2  # World units: heads and crops are of different sizes, which meshes take over afterwards.
 TURN_DEVIATION, MOVE_DEVIATION = 0.03, 0.03  # Between frames: radians, world units.
 ALIKE = 0.3  # Correlation of the detector's errors in pictures of one person: many tell little more than a few.
 FACING_LOW, FACING_HIGH, HIDDEN_WEIGHT = -0.25, 0.35, 0.03  # Points on the far side are the detector's guess.
@@ -33,6 +33,7 @@ class PointModel(Protocol):
 
     deviation [P]: expected error of each point, world units. normals [P, 3]: of the neutral head. lower, upper,
     local_deviation [L]: bounds and prior of the second kind. step_deviation [L]: expected change between frames.
+    modes [K, P, 2]: errors of points that go together, world units across the picture; each has a standard normal size.
     """
 
     num_identity: int
@@ -42,6 +43,7 @@ class PointModel(Protocol):
     upper: torch.Tensor
     local_deviation: torch.Tensor
     step_deviation: torch.Tensor
+    modes: torch.Tensor
 
     def points(self, identity: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         """Return points [N, P, 3] in world units of identity [N, I] and local [N, L]."""
@@ -55,17 +57,23 @@ class PointModel(Protocol):
 
 class Fit(NamedTuple):
     """identity [G, I] of groups; of N items: local [N, L], rotation [N, 3, 3] from the world to the camera (OpenCV) and
-    place [N, 3] of the world's origin seen by it, |place| = 2.7."""
+    place [N, 3] of the world's origin seen by it."""
 
     identity: torch.Tensor
     local: torch.Tensor
     rotation: torch.Tensor
     place: torch.Tensor
 
+    @property
+    def size(self) -> torch.Tensor:
+        """Factor [N] by which heads grow about the world's origin where cameras are at 2.7: pictures stay the same."""
+        return RADIUS / self.place.norm(dim=1)
+
     def cam2world(self) -> torch.Tensor:
-        """Return poses [N, 4, 4] as labels hold them."""
-        pose = torch.eye(4, dtype=self.place.dtype, device=self.place.device).repeat(len(self.place), 1, 1)
-        pose[:, :3, :3], pose[:, :3, 3] = self.rotation.mT, -(self.rotation.mT @ self.place[..., None])[..., 0]
+        """Return poses [N, 4, 4] as labels hold them, 2.7 from the origin: of heads of `size`."""
+        place = self.place * self.size[:, None]
+        pose = torch.eye(4, dtype=place.dtype, device=place.device).repeat(len(place), 1, 1)
+        pose[:, :3, :3], pose[:, :3, 3] = self.rotation.mT, -(self.rotation.mT @ place[..., None])[..., 0]
         return pose
 
 
@@ -100,8 +108,7 @@ def fit(
             free_identity = identity is None and not is_pose_only
             state = _step(model, targets, prior, groups, state, is_pose_only, free_identity, is_sequence)
             on_step()
-        # On the sphere of cameras; by then within RADIUS_DEVIATION's reach.
-        return state._replace(place=RADIUS * torch.nn.functional.normalize(state.place, dim=1))
+        return state
 
 
 def _start(model, targets, prior, num_groups, identity):
@@ -174,22 +181,33 @@ def _system(model, targets, prior, identity, state, part, is_pose_only, free_ide
     right = -(residual * weight.sqrt()[..., None]).flatten(1)
     size = len(model.lower)
     if is_pose_only:
-        shape = (*pose.shape[:2], size)
-        jacobian = torch.cat([pose.new_zeros(shape), pose], dim=2)
+        by_local, shared = pose.new_zeros([*pose.shape[:2], size]), pose.new_zeros([*pose.shape[:2], 0])
     else:
-        by_identity, by_local = model.jacobians(identity, local)
-        jacobian = torch.cat([_chained(world_slope, by_local), pose], dim=2)
-    matrix = jacobian.mT @ jacobian
-    vector = (jacobian.mT @ right[..., None])[..., 0]
+        by_identity, by_local = (_chained(world_slope, basis) for basis in model.jacobians(identity, local))
+        shared = by_identity if free_identity else by_identity[..., :0]
+    products = _products(torch.cat([by_local, pose, right[..., None], shared], dim=2), model.modes, weight)
+    width = size + POSE
+    matrix, vector = products[:, :width, :width], products[:, :width, width]
     _add_priors(model, matrix, vector, local - prior, place, is_pose_only)
     _freeze(model, matrix, vector, local, is_pose_only, held := _held(model, vector, local))
-    if not free_identity:
-        count, width = vector.shape
-        return matrix, vector, *(matrix.new_zeros(shape) for shape in ([count, 0, 0], [count, 0], [count, 0, width]))
-    shared = _chained(world_slope, by_identity)
-    mixed = shared.mT @ jacobian
+    mixed = products[:, width + 1 :, :width]
     mixed[:, :, :size] *= ~held[:, None]
-    return matrix, vector, shared.mT @ shared, (shared.mT @ right[..., None])[..., 0], mixed
+    return matrix, vector, products[:, width + 1 :, width + 1 :], products[:, width + 1 :, width], mixed
+
+
+def _products(columns, modes, weight):
+    """Return the products [N, C, C] of weighted columns [N, P·2, C], less what the detector's usual errors explain.
+
+    Errors of points go together: their covariance is diag(1/weight) plus that of modes [K, P, 2] of unit size.
+    """
+    products = columns.mT @ columns
+    if not len(modes):
+        return products
+    errors = (modes.flatten(1).mT * (FOCAL / RADIUS)) * weight.sqrt().repeat_interleave(2, dim=1)[..., None]
+    mixed = errors.mT @ columns
+    inner = errors.mT @ errors + torch.eye(len(modes), dtype=errors.dtype, device=errors.device)
+    halved = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), mixed, upper=False)
+    return products - halved.mT @ halved
 
 
 def _chained(slope, basis):

@@ -6,7 +6,6 @@ import json
 import pathlib
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dataset_preprocessing.ffhq import alignment, files
@@ -23,9 +22,9 @@ class ItemWriter:
     """Writes items to a folder; a picture is written last: where it is, the rest of the item is."""
 
     def __init__(self, fitter: HeadFitter, out: pathlib.Path, overlays: pathlib.Path | None):
-        head, self.model, self.out, self.overlays = fitter.head, fitter.model, out, overlays
+        head, self.fitter, self.out, self.overlays = fitter.head, fitter, out, overlays
         self.surface = obj_surface(head.uvs.cpu().numpy(), head.faces.cpu().numpy(), head.uv_faces.cpu().numpy())
-        self.drawn = self.model.drawn_faces().cpu().numpy()
+        self.drawn = fitter.model.drawn_faces().cpu().numpy()
 
     def has(self, name: str) -> bool:
         """Tell whether an item is complete."""
@@ -33,12 +32,9 @@ class ItemWriter:
             self.overlays is None or (self.overlays / f'{name}.jpg').exists()
         )
 
-    @torch.no_grad()
     def __call__(self, name: str, photograph: Image.Image, crop: Crop, fit: HeadFit) -> None:
         """Write an item of an upright RGB photograph."""
-        device = self.model.deviation.device
-        mesh = self.model.mesh(*(torch.from_numpy(x)[None].to(device) for x in (fit.identity, fit.expression)))
-        vertices, landmarks = mesh.vertices[0].cpu().numpy(), mesh.landmarks[0].cpu().numpy()
+        vertices, landmarks = self.fitter.mesh(fit)
         picture = alignment.training_picture(photograph, crop)
         if self.overlays is not None:
             self.overlays.mkdir(parents=True, exist_ok=True)
@@ -54,7 +50,7 @@ def write_tables(
     out: pathlib.Path, fits: dict[str, HeadFit], fitter: HeadFitter, fps: float | None, is_one_person: bool
 ) -> None:
     """Write dataset.json and coefficients.npz of a folder: names, the head model's `coefficients` (its identity once if
-    all are of one person), gaze [N, 4], error [N] and, of a video, fps."""
+    all are of one person), size [N], gaze [N, 4], error [N] and, of a video, fps."""
     labels = [[f'{name}.png', fit.label.astype(float).tolist()] for name, fit in fits.items()]
     files.write_text(json.dumps({'labels': labels}), out / 'dataset.json')
     rows = list(fits.values())
@@ -62,6 +58,7 @@ def write_tables(
     arrays = {
         'names': np.array([f'{name}.png' for name in fits]),
         **fitter.model.coefficients(identity, np.stack([fit.expression for fit in rows])),
+        'size': np.stack([fit.size for fit in rows]),
         'gaze': np.stack([fit.gaze for fit in rows]),
         'error': np.stack([fit.error for fit in rows]),
         **({} if fps is None else {'fps': np.array(fps)}),
