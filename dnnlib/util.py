@@ -588,11 +588,14 @@ def atomic_write(path: str | os.PathLike, mode: str = 'wb') -> Iterator[IO]:
 def clear_leftovers(path: str | os.PathLike) -> None:
     """Remove what `atomic_path` of the same path left beside it in processes of this machine that were killed.
 
-    Files of processes that run, and of other machines that share the folder, stay.
+    Of a folder: what it left anywhere below. Files of processes that run, and of other machines that share the folder,
+    stay.
     """
     final = pathlib.Path(os.path.realpath(path))
-    name = re.compile(rf'\.tmp-{_machine()}-(\d+)-[0-9a-f]{{12}}-{re.escape(final.name[-_TAIL_CHARACTERS:])}')
-    for other in final.parent.glob('.tmp-*'):
+    is_folder = final.is_dir()
+    ending = '.*' if is_folder else re.escape(final.name[-_TAIL_CHARACTERS:])
+    name = re.compile(rf'\.tmp-{_machine()}-(\d+)-[0-9a-f]{{12}}-{ending}', re.DOTALL)
+    for other in final.rglob('.tmp-*') if is_folder else final.parent.glob('.tmp-*'):
         match = name.fullmatch(other.name)
         if match and not _is_running(int(match[1])):
             other.unlink(missing_ok=True)

@@ -814,6 +814,23 @@ def test_atomic_path_keeps_the_suffix_and_replaces(tmp_path, name):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b'first')]
 
 
+def test_leftovers_of_killed_processes_are_cleared_from_a_folder(tmp_path):
+    """Not those of processes that run, nor of other machines, nor other files."""
+    (tmp_path / 'below').mkdir()
+    with util.atomic_path(tmp_path / 'below' / 'mine.png') as mine:
+        mine.touch()
+        program = f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dnnlib import util\n" + (
+            f'with util.atomic_path({str(tmp_path)!r} + "/below/a b.png") as path: open(path, "w"); os.kill(os.getpid(), 9)'
+        )
+        assert subprocess.run([sys.executable, '-c', program], timeout=60).returncode == -9
+        elsewhere = mine.with_name(mine.name.replace(util._machine(), '00000000'))
+        for path in (elsewhere, tmp_path / '.tmp-stats', tmp_path / 'below' / 'kept.png'):
+            path.touch()
+        assert len(list(tmp_path.rglob('*.png'))) == 4
+        util.clear_leftovers(tmp_path)
+        assert set(tmp_path.rglob('*.*')) == {mine, elsewhere, tmp_path / '.tmp-stats', tmp_path / 'below' / 'kept.png'}
+
+
 def test_failed_atomic_path_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), util.atomic_path(tmp_path / 'a.obj') as temporary:
         temporary.write_bytes(b'half')

@@ -2,7 +2,10 @@
 """Heads fitted to points whose truth is known, and photographs turned into data; MediaPipe only where it is said."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -471,3 +474,32 @@ def test_photographs_of_all_kinds(tmp_path):
     assert angles_between(fits['plain'].label[None], fits['exif'].label[None])[0] < 1.5
     # Turned counter-clockwise by 20 degrees: so is what the camera sees.
     assert 15 < angles_between(fits['plain'].label[None], fits['rotated'].label[None])[0] < 25
+
+
+def test_a_killed_run_ends_as_another(tmp_path):
+    """Ended by SIGKILL among found faces, then among written pictures, and started again."""
+    pytest.importorskip('mediapipe', reason='mediapipe is not installed (requirements-preprocess.txt)')
+    astronaut = Image.fromarray(pytest.importorskip('skimage.data').astronaut())
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for number in range(20):
+        astronaut.rotate(number - 10, Image.Resampling.BICUBIC).save(folder / f'{number:02d}.jpg', quality=90)
+
+    def words(name):
+        return [f'--indir={folder}', f'--outdir={tmp_path}/{name}', '--device=cpu']
+
+    result = CliRunner().invoke(preprocess_in_the_wild.main, words('whole'))
+    assert result.exit_code == 0, result.output
+    for pattern in ('killed_work/faces/*', 'killed/*.png'):
+        run = subprocess.Popen([sys.executable, preprocess_in_the_wild.__file__, *words('killed')],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        while len(list(tmp_path.glob(pattern))) < 3:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        run.kill()
+        assert run.communicate() and run.returncode == -signal.SIGKILL
+        assert 3 <= len(list(tmp_path.glob(pattern))) < 20
+    result = CliRunner().invoke(preprocess_in_the_wild.main, words('killed'))
+    assert result.exit_code == 0, result.output
+    for ending in ('', '_work'):
+        assert content(tmp_path / f'whole{ending}') == content(tmp_path / f'killed{ending}')

@@ -17,6 +17,7 @@ from scipy.io.matlab import MatReadError
 
 from dataset_preprocessing.parallel import in_processes
 from dnnlib import atomic_path
+from dnnlib.util import clear_leftovers
 
 WRITTEN = '.written'  # Marks a folder of results.
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
@@ -60,8 +61,12 @@ def list_files(folder: pathlib.Path, endings: Iterable[str]) -> dict[str, pathli
 
 
 def mark_written(folder: pathlib.Path) -> None:
-    """Make a folder whose pictures are results: those who list the photographs around it leave them out."""
+    """Make a folder whose pictures are results: those who list the photographs around it leave them out.
+
+    What killed runs left half-written in it is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     (folder / WRITTEN).touch()
 
 
@@ -167,9 +172,12 @@ def run_step(
     """Do `work(name, path)` for each item some of whose output files are missing; report; raise where items failed.
 
     An item that fails does not stop the others. Pictures without a face are told, and are no failure. workers: forked
-    processes; 1 works in this one.
+    processes; 1 works in this one. What killed runs left half-written beside the output files is removed.
     """
     todo = [pair for pair in items.items() if not all(file.exists() for file in outputs(pair[0]))]
+    for folder in {file.parent for name, _ in todo for file in outputs(name)}:
+        if folder.is_dir():
+            clear_leftovers(folder)
     faults, faceless = [], []
     for kind, line in in_processes(functools.partial(_attempt, work), todo, workers, title, len(items)):
         {FAULT: faults, FACELESS: faceless, DONE: []}[kind].append(line)
