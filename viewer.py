@@ -83,7 +83,8 @@ def main(network, host, port, device, **options):
         if not is_loopback(host):
             click.echo(f'Warning: everybody who reaches {host} can use this page; there is no password.', err=True)
         click.echo(f'Serving http://{_shown(host)}:{server.get_port()} (Ctrl-C ends)')
-        threading.Event().wait()
+        while True:  # Not one long wait: a signal that came just before its start would not end it.
+            time.sleep(1)
     except KeyboardInterrupt:
         click.echo('Stopped.')
     finally:

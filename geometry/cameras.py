@@ -106,5 +106,30 @@ def project_mesh(points: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.
     return (places[0].numpy() + 1) / 2, depth[0].numpy()
 
 
+def camera_rays(
+    cam2world: torch.Tensor, intrinsics: torch.Tensor, resolution: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return origins and unit directions [N, resolution², 3] in world units of the rays through all pixel centres.
+
+    cam2world:  [N, 4, 4], OpenCV axes (x right, y down, z forward).
+    intrinsics: [N, 3, 3] divided by the image size: focal lengths, skew and centre are fractions of a side.
+    Rays are in row-major pixel order.
+    """
+    directions = local_rays(intrinsics, resolution) @ cam2world[:, :3, :3].transpose(1, 2)
+    origins = cam2world[:, None, :3, 3].expand_as(directions)
+    return origins, functional.normalize(directions, dim=-1)
+
+
+def local_rays(intrinsics: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Return (x, y, 1) [N, resolution², 3] of the rays through all pixel centres in camera coordinates, row by row."""
+    centres = (torch.arange(resolution, dtype=torch.float32, device=intrinsics.device) + 0.5) / resolution
+    v, u = torch.meshgrid(centres, centres, indexing='ij')
+    u, v = u.reshape(1, -1), v.reshape(1, -1)
+    fx, fy, cx, cy, skew = (intrinsics[:, i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2), (0, 1)))
+    x = (u - cx + cy * skew / fy - skew * v / fy) / fx
+    y = (v - cy) / fy
+    return torch.stack([x, y.expand_as(x), torch.ones_like(x)], dim=-1)
+
+
 def _draw(spread, batch):
     return torch.randn([batch, 1]) if spread == 'normal' else torch.rand([batch, 1]) * 2 - 1

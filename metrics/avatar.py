@@ -7,10 +7,9 @@ from scipy.ndimage import binary_dilation
 from scipy.spatial import Delaunay, QhullError
 from torch.nn.functional import cosine_similarity, grid_sample, interpolate
 
-from geometry.cameras import CAM2WORLD, project_points, split_label
+from geometry.cameras import CAM2WORLD, camera_rays, local_rays, project_points, split_label
 from geometry.meshes import NUM_LANDMARKS, to_world
 from metrics.subject import MetricError, Request, Subject, expect_items, summarise
-from training.volume.rays import camera_rays, local_rays
 
 PAIRS = 20  # Cameras and expressions of a latent.
 TURN_DEG = 15.0  # Between the two views of `reprojection`.

@@ -7,13 +7,12 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from geometry.cameras import split_label
+from geometry.cameras import local_rays, split_label
 from geometry.head_model import load_embedded_head
 from metrics.estimator import Estimate, pose_of_labels
 from metrics.features import FeatureNetwork
 from metrics.subject import Drawn
 from training.mesh_render import MeshRenderer
-from training.volume.rays import local_rays
 
 FAR = 3.3
 

@@ -819,8 +819,10 @@ def test_leftovers_of_killed_processes_are_cleared_from_a_folder(tmp_path):
     (tmp_path / 'below').mkdir()
     with util.atomic_path(tmp_path / 'below' / 'mine.png') as mine:
         mine.touch()
-        program = f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dnnlib import util\n" + (
-            f'with util.atomic_path({str(tmp_path)!r} + "/below/a b.png") as path: open(path, "w"); os.kill(os.getpid(), 9)'
+        program = (
+            f'import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom dnnlib import util\n'
+            f'with util.atomic_path({str(tmp_path)!r} + "/below/a b.png") as path:\n'
+            '    open(path, "w"); os.kill(os.getpid(), 9)'
         )
         assert subprocess.run([sys.executable, '-c', program], timeout=60).returncode == -9
         elsewhere = mine.with_name(mine.name.replace(util._machine(), '00000000'))

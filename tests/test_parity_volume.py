@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import agrees, fill, rnd
 
+from geometry import cameras
 from legacy import _plane_axes, _sampling_config
 from training.generator import Decoder
 from training.volume import march, rays, samples
@@ -30,7 +31,7 @@ def decoder(info, table='decoder_state', lr_multiplier=1.0):
 
 def test_rays(rays_and_planes):
     a = rays_and_planes
-    origins, directions = rays.camera_rays(a['cam2world'], a['intrinsics'], 12)
+    origins, directions = cameras.camera_rays(a['cam2world'], a['intrinsics'], 12)
     agrees('rays', origins, a['ray_origins'], 'op')
     agrees('rays', directions, a['ray_directions'], 'op')
     near, far = rays.box_limits(origins, directions, 1.0)

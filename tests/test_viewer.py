@@ -396,7 +396,7 @@ def test_normals_of_a_ball_point_away_from_its_middle():
             return {'sigma': 60 * (0.3 - points.norm(dim=-1, keepdim=True))}
 
     c, depth = label(0.4, 0.2), torch.zeros(1, 1, 16, 16)
-    origins, directions = avatar.camera_rays(*cameras.split_label(c), 16)
+    origins, directions = cameras.camera_rays(*cameras.split_label(c), 16)
     along = -(origins * directions).sum(dim=-1)
     inside = 0.3**2 - (origins.norm(dim=-1) ** 2 - along**2)
     hit = inside > 0.01

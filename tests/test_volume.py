@@ -43,7 +43,7 @@ def test_rays_pass_through_pixel_centres():
     pose[:, :3, 3] = torch.randn(3, 3)
     k = torch.tensor([[4.0, 0.3, 0.45], [0, 3.5, 0.55], [0, 0, 1]]).repeat(3, 1, 1)
     k[:, 0, 0] = torch.tensor([1.0, 2.0, 4.0])
-    origins, directions = rays.camera_rays(pose, k, 5)
+    origins, directions = cameras.camera_rays(pose, k, 5)
     assert origins.shape == directions.shape == (3, 25, 3)
     torch.testing.assert_close(directions.norm(dim=-1), torch.ones(3, 25))
     torch.testing.assert_close(origins, pose[:, None, :3, 3].expand(3, 25, 3))
@@ -57,7 +57,7 @@ def test_rays_pass_through_pixel_centres():
 
 def test_frontal_camera_looks_along_minus_z_with_rows_downwards():
     pose = cameras.look_at_pose(cameras.FRONTAL, cameras.FRONTAL)
-    origins, directions = rays.camera_rays(pose, cameras.intrinsics()[None], 3)
+    origins, directions = cameras.camera_rays(pose, cameras.intrinsics()[None], 3)
     torch.testing.assert_close(origins[0, 4], torch.tensor([0, 0, 2.7]), atol=1e-6, rtol=0)
     torch.testing.assert_close(directions[0, 4], torch.tensor([0, 0, -1.0]), atol=1e-6, rtol=0)
     assert directions[0, 0, 0] < 0 < directions[0, 2, 0] and directions[0, 0, 1] > 0 > directions[0, 8, 1]
@@ -313,7 +313,7 @@ class Ball(nn.Module):
 
 def frontal_rays(resolution=12, focal=4.2647, yaw=0.0):
     pose = cameras.look_at_pose(cameras.FRONTAL + yaw, cameras.FRONTAL)
-    return rays.camera_rays(pose, cameras.intrinsics(focal)[None], resolution)
+    return cameras.camera_rays(pose, cameras.intrinsics(focal)[None], resolution)
 
 
 def test_depth_colour_and_normals_of_a_ball():
@@ -487,7 +487,7 @@ def test_rendering_stays_on_the_device_of_its_inputs(scene):
             out = render_rays(planes, field, origins, directions, SamplingConfig(**options), jitter, with_normals=True)
             assert {x.device.type for x in out} == {'meta'}
     pose = cameras.look_at_pose(cameras.FRONTAL, cameras.FRONTAL).to('meta')
-    assert rays.camera_rays(pose, cameras.intrinsics(device='meta')[None], 4)[1].device.type == 'meta'
+    assert cameras.camera_rays(pose, cameras.intrinsics(device='meta')[None], 4)[1].device.type == 'meta'
 
 
 BAD_CONFIGS = {

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from geometry.cameras import split_label
+from geometry.cameras import camera_rays, split_label
 from training.generator import EG3DGenerator, Next3DGenerator, Planes
 from training.head_raster import ViewCoverage
 from training.inference import CapturedCall, Synthesizer, repeatable, to_host
 from training.mesh_render import MeshRenderer
 from training.pictures import overlay, to_bytes
-from training.volume.rays import camera_rays
 
 IMAGE_MODES = ('image', 'image_raw', 'image_depth')
 MAPPING_BATCH = 64

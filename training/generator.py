@@ -18,7 +18,6 @@ from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork, nu
 from training.config import LABEL_LENGTH, EG3DConfig, Next3DConfig
 from training.layers import FullyConnectedLayer
 from training.superresolution import Superresolution
-from training.volume.rays import camera_rays
 from training.volume.render import query, render_rays
 
 NUM_LANDMARKS = 68
@@ -201,7 +200,7 @@ class EG3DGenerator(nn.Module):
     def _rays(self, c, batch, resolution):
         if c.ndim != 2 or len(c) != batch or c.shape[1] < LABEL_LENGTH:
             raise ValueError(f'c: expected [{batch}, {LABEL_LENGTH} or more], got {list(c.shape)}')
-        return camera_rays(*cameras.split_label(c.float()), resolution)
+        return cameras.camera_rays(*cameras.split_label(c.float()), resolution)
 
 
 class Next3DGenerator(EG3DGenerator):

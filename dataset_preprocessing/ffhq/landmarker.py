@@ -75,7 +75,7 @@ def model_path(path: str | None) -> pathlib.Path:
 class Landmarker:
     """Finds faces in RGB pictures. Raises PreprocessError where MediaPipe or its model is missing.
 
-    close(): ends its threads, as the end of the object or of the program does, before parts of the interpreter are gone.
+    close(): ends its threads, as the end of the object or of the program does, before the interpreter is half gone.
     """
 
     def __init__(self, path: str | None = None, confidence: float = CONFIDENCE):
