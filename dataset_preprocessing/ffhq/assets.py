@@ -11,7 +11,6 @@ from dataset_preprocessing.ffhq.files import PreprocessError
 from geometry.flame import LANDMARK_FILE, MODEL_FILE, PUBLISHED_FOLDER as DECA_FOLDER
 
 ROOT = pathlib.Path(__file__).resolve().parent
-FACEVERSE_FOLDER = ROOT / 'faceverse' / 'data'
 DEEP3D_FOLDER = ROOT / 'Deep3DFaceRecon_pytorch'
 
 
@@ -45,10 +44,6 @@ ASSETS = {
     ),
     'flame_template': Asset(
         DECA_FOLDER / 'head_template.obj', 'meshes', 'the folder data of https://github.com/yfeng95/DECA',
-    ),
-    'faceverse': Asset(
-        FACEVERSE_FOLDER / 'faceverse_v3_1.npy', "gaze as in the published pipeline (optional)",
-        'FaceVerse v3 from https://github.com/LizhenWangT/FaceVerse (request form)',
     ),
 }  # fmt: skip
 
