@@ -4,6 +4,8 @@
 The stand-in writes into the tensors of the capture, as a graph does; the real ones are in test_gpu_training.py.
 """
 
+import contextlib
+import gc
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from parity import ROOT
 from simple_head import TEMPLATE
 
+from torch_utils import graphs
 from torch_utils.distributed import Ranks
 from torch_utils.training_stats import Collector
 from training import phase_graphs
@@ -121,3 +124,37 @@ def test_a_trainer_goes_on_without_graphs_where_a_capture_fails(monkeypatch, cap
     assert [record.message for record in caplog.records] == ['Greg runs without CUDA graphs: out of memory']
     for x, y in zip(plain.networks.G.parameters(), fallen.networks.G.parameters()):
         assert torch.allclose(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_captures_are_not_disturbed(monkeypatch):
+    """Garbage that holds a graph goes before a capture, never within; other threads may call CUDA."""
+    freed, given = [], []
+
+    class Garbage:
+        def __init__(self, name):
+            self.name, self.itself = name, self
+
+        def __del__(self):
+            freed.append(self.name)
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        given.append((graph, options))
+        assert freed == ['before']
+        yield
+
+    monkeypatch.setattr(torch.cuda, 'graph', capture)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        gc.disable()
+        Garbage('before')
+        gc.enable()
+        with pytest.raises(ValueError), graphs.capturing('graph', 'pool'):
+            Garbage('within')
+            assert [[] for _ in range(1000)] and freed == ['before'] and not gc.isenabled()
+            raise ValueError
+    finally:
+        gc.set_threshold(*threshold)
+    assert gc.isenabled() and gc.collect() >= 0 and freed == ['before', 'within']
+    assert given == [('graph', {'pool': 'pool', 'capture_error_mode': 'thread_local'})]

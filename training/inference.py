@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from torch_utils.graphs import capturing
 from torch_utils.ops import head_planes
 from torch_utils.ops.modulated_conv2d import DEMODULATION_EPSILON
 from training import head_raster
@@ -48,7 +49,7 @@ class CapturedCall:
                     self._function(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with capturing(self._graph):
                 self._outputs = self._function(*self._inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> dict:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from torch_utils.graphs import capturing
+
 WARM_UP = 2  # Runs before a capture: kernels are compiled and cuDNN chooses its algorithms.
 
 
@@ -87,8 +89,7 @@ class PhaseGraphs:
         torch.cuda.empty_cache()  # The warm-up's memory is not the graph's.
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Threads that load data and watch collectives go on: only this one must not wait.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'):
+            with capturing(graph, self._pool):
                 recorded = body(*own)
         finally:
             torch.cuda.set_stream(current)  # A capture that fails would stay on its own.
