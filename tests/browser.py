@@ -96,7 +96,10 @@ def problem() -> str | None:
 def served(*arguments):
     """Run viewer.py on a free port and yield its address, process and the lines that it has printed."""
     command = [sys.executable, str(ROOT / 'viewer.py'), '--port=0', '--device=cpu', *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Shells ignore it in background jobs.
+    )  # fmt: skip
     try:
         lines = []
         for line in process.stdout:
