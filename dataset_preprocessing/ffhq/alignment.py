@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from dataset_preprocessing.ffhq.files import PreprocessError, read_mat
+from dataset_preprocessing.ffhq.gaze import rotation_to
 from geometry.meshes import NUM_LANDMARKS, to_world
 
 DECIMETRE = 0.27  # World units: 2.7 a metre.
@@ -149,9 +151,7 @@ def label_in_training_picture(label: np.ndarray, size: tuple[int, int], crop: Cr
     middle = (OUTPUT_SIDE / 2 - first) / (last - first)
     pose, k = label[:16].reshape(4, 4).astype(np.float64), label[16:].reshape(3, 3).astype(np.float64)
     ray = np.linalg.solve(k, [*middle, 1.0])
-    ray /= np.linalg.norm(ray)
-    cross = np.array([[0, 0, ray[0]], [0, 0, ray[1]], [-ray[0], -ray[1], 0]])  # Of the axis with the ray.
-    pose[:3, :3] = pose[:3, :3] @ (np.eye(3) + cross + cross @ cross / (1 + ray[2]))
+    pose[:3, :3] = pose[:3, :3] @ Rotation.from_rotvec(rotation_to(ray)).as_matrix()
     return np.concatenate([pose.ravel(), label[16:]]).astype(np.float32)
 
 

@@ -14,12 +14,12 @@ from dataset_preprocessing.ffhq import assets
 from dataset_preprocessing.ffhq.dense_points import FIRST_IRIS, DensePoints
 from dataset_preprocessing.ffhq.faces_file import FoundFace
 from dataset_preprocessing.ffhq.files import PreprocessError
-from dataset_preprocessing.ffhq.head_points import LEAST_DEVIATION
 from dataset_preprocessing.ffhq.points import IRISES
 from geometry.flame import NUM_JOINTS, FlameFileError, FlameHead, load_flame, pose_joints, rotation_matrices, skin
 from geometry.head_model import EmbeddedHead, HeadMesh
 from geometry.meshes import NUM_LANDMARKS, WORLD_SCALE, MeshFileError, to_world, vertex_normals
 
+LEAST_DEVIATION = 0.0010  # Metres, of a point.
 EYE_JOINTS = (3, 4)  # Left, right.
 NUM_POSE = 7  # Of local coefficients, after the expression: jaw [3]; pitch and yaw of the left, then the right eye.
 MAX_CODE = 4.0  # Standard deviations.

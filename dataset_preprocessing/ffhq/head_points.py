@@ -9,7 +9,6 @@ from dataset_preprocessing.ffhq.faces_file import FoundFace
 from geometry.head_model import EmbeddedHead, HeadMesh
 from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, vertex_normals
 
-LEAST_DEVIATION = 0.0010  # Metres, of a point of the detector.
 LEAST_SCORE_DEVIATION = 0.04  # Of an expression from what scores tell; rare ones hardly differ in drawn people.
 # Modes taken at their size give the likeliest head and camera, which leave points where a mode explains them. Meshes
 # shall lie on the picture, too: with this share cameras are as good (docs/preprocessing.md).

@@ -7,7 +7,6 @@ is told in docs/preprocessing.md.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,15 +19,15 @@ from dataset_preprocessing.ffhq.dense_points import ERRORS_FILE, ERRORS_FORMAT, 
 from dataset_preprocessing.ffhq.head_points import point_normals
 from dataset_preprocessing.ffhq.landmarker import Landmarker
 from dataset_preprocessing.synthetic.anatomy import load_anatomy
-from dataset_preprocessing.synthetic.bake_points import MAX_PITCH, MAX_YAW
+from dataset_preprocessing.synthetic.bake_points import SEED, bare_person
 from dataset_preprocessing.synthetic.paint import picture
-from dataset_preprocessing.synthetic.people import camera_label, random_person
+from dataset_preprocessing.synthetic.people import random_person
 from dnnlib import atomic_write
 from geometry.cameras import FOCAL, project_mesh
 from geometry.head_model import load_embedded_head
 from geometry.meshes import WORLD_SCALE
 
-SEED, NUM_PEOPLE, SIDE, PIECE = 77, 1600, 512, 200
+NUM_PEOPLE, SIDE, PIECE = 1600, 512, 200
 NUM_MODES, ROUNDS = 48, 15
 FACING = 0.2  # Cosine between normal and view from which a point tells something.
 OUTLIER = 3.0  # Of the median error, at which an error counts half; none at twice that where modes are learned.
@@ -79,13 +78,7 @@ def observe(people: range) -> Found:
     neither glasses nor hats."""
     anatomy, table, find, rows = load_anatomy(), load_dense_points(), Landmarker(), []
     for index in tqdm(people, 'people'):
-        if index % 2:
-            person = random_person(anatomy, SEED, index)
-        else:
-            rng = np.random.default_rng([SEED, index])
-            label = camera_label(rng.uniform(-MAX_YAW, MAX_YAW), rng.uniform(-MAX_PITCH, MAX_PITCH), 0.0)
-            person = random_person(anatomy, SEED, index, label)
-            person = dataclasses.replace(person, glasses='none', hat='none')
+        person = random_person(anatomy, SEED, index) if index % 2 else bare_person(anatomy, index)
         drawn = picture(anatomy, person, SIDE)
         faces = find(Image.fromarray(drawn.image))
         if faces:

@@ -22,7 +22,7 @@ from dataset_preprocessing.ffhq.landmarker import Landmarker
 from dataset_preprocessing.ffhq.points import NUM_MESH_POINTS
 from dataset_preprocessing.synthetic.anatomy import Anatomy, load_anatomy
 from dataset_preprocessing.synthetic.paint import picture
-from dataset_preprocessing.synthetic.people import camera_label, random_person
+from dataset_preprocessing.synthetic.people import Person, camera_label, random_person
 from dnnlib import atomic_write
 from geometry.meshes import WORLD_SCALE, WORLD_SHIFT, to_world
 from training.mesh_render import MeshRenderer, project
@@ -76,11 +76,17 @@ class _Spread:
         self.renderer = MeshRenderer(anatomy.model.faces, torch.zeros(len(anatomy.faces), 3, 3), resolution=SIDE)
 
 
-def _observe(anatomy, spread, find, index):
-    """Return places [478, 3] on the spread template, weights [478] and places in the picture [478, 2] of one person."""
+def bare_person(anatomy: Anatomy, index: int) -> Person:
+    """Return a person with neither glasses nor hat, seen from anywhere before the face."""
     rng = np.random.default_rng([SEED, index])
     label = camera_label(rng.uniform(-MAX_YAW, MAX_YAW), rng.uniform(-MAX_PITCH, MAX_PITCH), 0.0)
-    person = dataclasses.replace(random_person(anatomy, SEED, index, label), glasses='none', hat='none')
+    return dataclasses.replace(random_person(anatomy, SEED, index, label), glasses='none', hat='none')
+
+
+def _observe(anatomy, spread, find, index):
+    """Return places [478, 3] on the spread template, weights [478] and places in the picture [478, 2] of one person."""
+    person = bare_person(anatomy, index)
+    label = person.label
     drawn = picture(anatomy, person, SIDE)
     faces = find(Image.fromarray(drawn.image))
     if not faces:
