@@ -201,6 +201,8 @@ OPTIONS = [
             NOT_NEGATIVE, 'FLOAT'),
     setting('disc_render', 'Show the discriminator a rendering of the mesh: normals (True), UVs, or waves of UVs.',
             Switch(RENDER_COLOURS), 'BOOL|normal|uv|waves'),
+    setting('disc_gaze', 'Weight of real pictures with a rendering that looks elsewhere, as ones that are not real.',
+            NOT_NEGATIVE, 'FLOAT'),
     # Augmentation.
     setting('aug', 'Augmentation of what the discriminator sees; ada: adaptive.', Choice(AUGMENT_MODES)),
     setting('p', 'Probability of augmentation (--aug=fixed).', PROBABILITY, 'FLOAT'),

@@ -62,7 +62,7 @@ def control_value(control: str, weights: dict[str, float]) -> float:
     return positive - negative
 
 
-def controlled(names: Iterable[str]) -> list[str]:
+def controlled(names: Iterable[str], controls: dict[str, tuple] = CONTROLS) -> list[str]:
     """Return the controls of which all names are among these."""
     known = set(names)
-    return [control for control, (positive, negative) in CONTROLS.items() if known.issuperset(positive + negative)]
+    return [control for control, (positive, negative) in controls.items() if known.issuperset(positive + negative)]

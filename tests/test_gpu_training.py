@@ -71,12 +71,16 @@ def test_r1_is_no_slower_than_ten_generator_phases():
 
 @pytest.mark.parametrize('batch, batch_gpu', [(4, 4), (8, 4), (12, 4)])
 def test_graphs_train_as_single_launches_do(batch, batch_gpu):
-    """All phases, blur and swaps fading, gradients of several micro-batches: the same numbers to rounding."""
+    """All phases, blur and swaps fading, gradients of several micro-batches: the same numbers to rounding.
+
+    So small a learning rate keeps the weights: Adam turns gradients that are zero but for rounding into whole steps,
+    and after some of them two runs without graphs differ as much. What gradients were is seen in Adam's means.
+    """
     trainers = []
     for nographs in (True, False):
         config = make_config(
             'demo', '', '', batch=batch, batch_gpu=batch_gpu, nographs=nographs, gen_pose_cond=True, blur_fade_kimg=0.2,
-            gpc_reg_fade_kimg=0.05, topology_path=str(TEMPLATE), style_mixing_prob=0.5,
+            gpc_reg_fade_kimg=0.05, topology_path=str(TEMPLATE), style_mixing_prob=0.5, glr=1e-9, dlr=1e-9,
         )
         trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
         for iteration in range(6):
@@ -89,11 +93,17 @@ def test_graphs_train_as_single_launches_do(batch, batch_gpu):
         if 'signs' in name:  # Those of logits near zero depend on rounding.
             continue
         assert captured.stats.state_dict()[name] == pytest.approx(expected, rel=2e-2, abs=1e-3), name
-    for name in ('G', 'D', 'G_ema'):
-        for (key, a), b in zip(getattr(captured.networks, name).named_parameters(),
-                               getattr(plain.networks, name).parameters()):
-            # Adam turns gradients that are zero but for rounding into steps of a whole learning rate.
-            assert (a - b).abs().mean() < 2e-3, (name, key)
+    for name in ('G', 'D'):
+        states = [trainer._optimizers[name].state for trainer in trainers]
+        pairs = [
+            [state[p]['exp_avg'] for state, p in zip(states, parameters)]
+            for parameters in zip(*(getattr(trainer.networks, name).parameters() for trainer in trainers))
+            if any(state.get(p) for state, p in zip(states, parameters))  # The others have no gradients.
+        ]
+        largest = max(float(a.norm()) for a, _ in pairs)
+        assert largest > 0
+        for number, (a, b) in enumerate(pairs):
+            assert float((a - b).norm()) < 2e-2 * float(a.norm()) + 1e-4 * largest, (name, number)
     averages = [trainer.networks.G.backbone.mapping.w_avg for trainer in trainers]
     assert torch.allclose(*averages, atol=1e-4)
 

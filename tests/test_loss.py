@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import HEAD, TINY
 from simple_head import DEMO_HEAD, simple_head, uv_face_mask
+from torch.nn.functional import softplus
 
 from geometry import cameras
+from torch_utils.randomness import sample_draws
 from training.config import DiscriminatorConfig, MappingConfig, Next3DConfig
 from training.discriminator import Discriminator
 from training.generator import Next3DGenerator
@@ -46,11 +48,13 @@ def renderer():
     return MeshRenderer(generator().faces[0], generator().face_uvcoords[0], resolution=RENDER_SIZE)
 
 
-def make_loss(render=True, kind='dual', augment=None, report=lambda name, values: None, track_w=None, **config):
+def make_loss(
+    render=True, kind='dual', augment=None, report=lambda name, values: None, track_w=None, eyeballs=(), **config
+):
     discriminator = Discriminator(DiscriminatorConfig(**DISCRIMINATOR, kind=kind, render_channels=3 if render else 0))
     config = LossConfig(**dict(rendering_resolution_initial=RAW_SIZE, blur_init_sigma=0.0) | config)
     chosen = renderer() if render else None
-    return Next3DLoss(generator(), discriminator, config, 32, augment, report, chosen, track_w)
+    return Next3DLoss(generator(), discriminator, config, 32, augment, report, chosen, track_w, eyeballs)
 
 
 def inputs():
@@ -149,6 +153,50 @@ def test_a_renderer_and_a_discriminator_that_do_not_belong_together():
     with pytest.raises(ValueError, match='real: expected the meshes v'):
         with_render.discriminator_regularisation(real._replace(v=None), 1.0, nimg=0)
     without.discriminator_regularisation(real._replace(v=None), 1.0, nimg=0)
+
+
+# ---- Gaze
+
+
+def test_real_pictures_are_also_judged_with_eyes_that_look_elsewhere():
+    reports = {}
+    ball = (torch.from_numpy(simple_head().vertices).norm(dim=1) > 0.1).nonzero()[:, 0]  # Any vertices will do.
+    loss = make_loss(report=lambda name, values: reports.setdefault(name, values.detach()), eyeballs=[ball],
+                     gaze_mismatch=0.5)  # fmt: skip
+    seen, turned = record(loss), []
+    loss.renderer = lambda v, c: (turned.append(v), renderer()(v, c))[1]
+    fake, real = inputs()
+    with sample_draws(0, 'Dmain', [0, 1]):
+        loss.discriminator_main(fake, real, 1.0, nimg=0)
+    assert len(seen) == 3
+    right, wrong = seen[1:]
+    assert all(torch.equal(right[name], wrong[name]) for name in ('image', 'image_raw'))
+    assert not torch.equal(right['render'], wrong['render'])
+    moved = (turned[2] - real.v).norm(dim=-1)
+    assert (moved[:, ball].amax(dim=1) > 0.005).all() and moved.count_nonzero() <= 2 * len(ball)
+    assert not torch.allclose(moved[0], moved[1])  # Each its own way.
+    torch.testing.assert_close(reports['Loss/D/mismatch'], 0.5 * softplus(reports['Loss/scores/mismatch']))
+
+
+def test_the_mismatch_adds_its_gradient_by_weight():
+    fake, real = inputs()
+    ball = torch.arange(50)
+    gradients = []
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        loss = make_loss(eyeballs=[ball], gaze_mismatch=weight)
+        with sample_draws(0, 'Dmain', [0, 1]):
+            loss.discriminator_main(fake, real, 1.0, nimg=0)
+        gradients.append(torch.cat([p.grad.flatten() for p in loss.discriminator.parameters() if p.grad is not None]))
+    without, half, whole = gradients
+    assert (half - without).norm() > 0.01 * without.norm()
+    torch.testing.assert_close(half - without, (whole - without) / 2, rtol=1e-3, atol=1e-5)
+
+
+def test_a_mismatch_needs_a_rendering_and_eyeballs():
+    for given in (dict(render=False, eyeballs=[torch.arange(9)]), dict()):
+        with pytest.raises(ValueError, match='gaze_mismatch: expected a renderer and eyeballs'):
+            make_loss(gaze_mismatch=0.5, **given)
 
 
 # ---- All phases

@@ -171,6 +171,7 @@ ACCEPTED = [
     ('gen_pose_cond', '1', 'loss.gpc_reg_prob', 0.5), ('c_scale', '0.5', 'generator.c_scale', 0.5),
     ('gpc_reg_fade_kimg', '9', 'loss.gpc_reg_fade_kimg', 9.0), ('disc_c_noise', '1', 'discriminator.disc_c_noise', 1.0),
     ('disc_render', 'True', 'disc_render', 'normal'), ('disc_render', 'uv', 'discriminator.render_channels', 3),
+    ('disc_gaze', '0', 'loss.gaze_mismatch', 0.0),  # Others need --disc_render: see below.
     ('disc_render', 'False', 'disc_render', None), ('aug', 'fixed', 'augment', 'fixed'), ('p', '1', 'augment_p', 1.0),
     ('target', '0.7', 'ada_target', 0.7), ('freezed', '3', 'freezed', 3),
     ('cbase', '16384', 'generator.channel_base', 16384), ('cbase', '16384', 'discriminator.channel_base', 16384),
@@ -284,6 +285,9 @@ def test_micro_batches_hold_whole_groups_where_they_can(batch, expected):
         ('--map_depth=0', '0'),
         ('--aug=foo', 'noaug, ada, fixed'),
         ('--disc_render=foo', 'normal, uv, waves'),
+        ('--disc_gaze=-1', 'from 0'),
+        ('--disc_gaze=0.5', 'a rendering whose eyes can turn'),
+        ('--disc_render=True --disc_gaze=0.5', 'a rendering whose eyes can turn'),
         ('--sr_module=SuperresolutionHybrid8XDC', 'SuperresolutionHybrid2X for 128'),
         ('--neural_rendering_resolution_initial=256', 'at most 128'),
         ('--neural_rendering_resolution_final=129', 'at most 128'),
@@ -301,6 +305,14 @@ def test_micro_batches_hold_whole_groups_where_they_can(batch, expected):
 def test_bad_values_give_one_line_that_names_the_flag(data, tmp_path, word, reason):
     line = refusal(tmp_path, '--cfg=toy', *places(data), '--device=cpu', *word.split(' '))
     assert word.split('=')[0][2:].replace('-', '_') in line.replace('-', '_') and reason in line
+
+
+def test_gaze_needs_a_head_with_eyeballs(data, tmp_path):
+    words = ('--cfg=toy', *places(data), '--device=cpu', '--disc-render=waves', '--disc-gaze=0.5',
+             f'--topology_path={TEMPLATE}')
+    assert dry_run(*words).loss.gaze_mismatch == 0.5
+    line = refusal(tmp_path, *words)
+    assert '--disc_gaze: expected eyeballs as separate parts of' in line and str(TEMPLATE) in line
 
 
 def test_presets_that_do_not_fit_the_pictures_are_refused(data, tmp_path):

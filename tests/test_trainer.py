@@ -11,6 +11,7 @@ import torch
 from simple_head import TEMPLATE
 from toy_data import make_toy_data
 
+from geometry.head_model import DEFAULT_HEAD, load_embedded_head
 from torch_utils.distributed import Ranks
 from torch_utils.randomness import sample_draws
 from torch_utils.training_stats import Collector
@@ -358,6 +359,16 @@ def test_regularisations_run_at_their_intervals(data):
     run(trainer, data, 4)
     assert sorted(set(ran)) == [(0, 'd'), (0, 'g'), (2, 'g'), (3, 'd')]
     assert len(ran) == 8  # Two micro-batches each.
+
+
+def test_what_turns_elsewhere_is_the_templates_eyeballs():
+    head = load_embedded_head()
+    template = str(DEFAULT_HEAD.with_name('head_template.obj'))
+    trainer = toy_trainer(topology_path=template, disc_render='waves', disc_gaze=0.5)
+    eyes = {tuple(head.regions[name].nonzero()[:, 0].tolist()) for name in ('eye_left', 'eye_right')}
+    assert {tuple(indices.tolist()) for indices in trainer.loss.eyeballs} == eyes
+    assert trainer.loss.config.gaze_mismatch == 0.5
+    assert not toy_trainer(disc_render='waves').loss.eyeballs
 
 
 def test_weights_start_from_the_seed_alone():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import legacy
+from geometry.eyeballs import find_eyeballs
 from geometry.meshes import read_obj
 from geometry.mirror import vertex_mirror
 from torch_utils import custom_ops
@@ -362,6 +363,8 @@ def _open_data(config, ranks):
     """Check and open the data set; return it with a hash of its names and labels."""
     template = read_obj(config.topology_path)
     num_vertices = len(template.vertices)
+    if config.loss.gaze_mismatch > 0 and not find_eyeballs(template.vertices, template.faces):
+        raise RunError(f'--disc_gaze: expected eyeballs as separate parts of {config.topology_path}, found none')
     source = open_source(config.data, config.rdata, config.with_expressions)
     radius = config.generator.avg_camera_radius
     check = functools.partial(

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The four training phases (Sun et al. 2023, section 3.5; Chan et al. 2022, section 5): one method each."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import l1_loss, relu, softplus
 
+from geometry.eyeballs import turn_eyeballs
 from torch_utils.ops.upfirdn2d import filter2d
 from torch_utils.randomness import normal, uniform
 from training import schedules
@@ -19,6 +21,7 @@ NUM_POINTS = 1000  # Pairs of points at which density is compared.
 NUM_MONOTONIC_POINTS = 2000
 MONOTONIC_STEP = 1 / 256  # Of the volume's side.
 MONOTONIC_WEIGHT = 10.0
+TURN_DEG, PITCH_SHARE = (10.0, 35.0), 0.6  # How far wrong eyes turn, and how much of it where they look up or down.
 DENSITY_REGIONS = ('box', 'published')
 REG_TYPES = ('l1', 'monotonic-fixed')
 Report = Callable[[str, torch.Tensor], None]
@@ -33,6 +36,7 @@ class LossConfig:
     no camera sees. reg_type: 'l1', or 'monotonic-fixed', which also keeps density from falling with depth.
     gpc_reg_prob: how often the conditioning camera is swapped at the end of the fade; None: no pose conditioning.
     blur_*, rendering_*: see `training.schedules`. style_mixing_prob: how often a second latent takes over at a layer.
+    gaze_mismatch: weight of real pictures whose rendering looks elsewhere, as pictures that are not real.
     """
 
     r1_gamma: float = 4.0
@@ -48,6 +52,7 @@ class LossConfig:
     rendering_resolution_final: int | None = None
     rendering_resolution_fade_kimg: float = 1000.0
     style_mixing_prob: float = 0.0
+    gaze_mismatch: float = 0.0
 
     def __post_init__(self):
         if self.density_region not in DENSITY_REGIONS:
@@ -100,7 +105,8 @@ class Next3DLoss:
     batch: images of a whole iteration, which sets the pace of the blur. augment: image, raw image and, with a renderer,
     rendering as [N, 6 or 9, R, R] -> the same shape, or None. report: called with a name and the values of a statistic.
     renderer: meshes [N, V + 68, 3] and labels -> pictures [N, 3, r, r], for a discriminator with `render_channels`.
-    track_w: called with Dmain's w [N, w_dim]; None: the generator's own `track`.
+    track_w: called with Dmain's w [N, w_dim]; None: the generator's own `track`. eyeballs: vertices [K] of each, for
+    `gaze_mismatch`.
     """
 
     def __init__(
@@ -113,11 +119,15 @@ class Next3DLoss:
         report: Report = lambda name, values: None,
         renderer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         track_w: Callable[[torch.Tensor], None] | None = None,
+        eyeballs: Sequence[torch.Tensor] = (),
     ):
         if (renderer is None) == (discriminator.config.render_channels > 0):
             raise ValueError('renderer: expected one for a discriminator with render_channels, and for no other')
+        if config.gaze_mismatch and (renderer is None or not eyeballs):
+            raise ValueError('gaze_mismatch: expected a renderer and eyeballs, which turn in its renderings')
         self.generator, self.discriminator, self.config = generator, discriminator, config
         self.batch, self.augment, self.report, self.renderer = batch, augment, report, renderer
+        self.eyeballs = eyeballs
         self.track_w = generator.backbone.mapping.track if track_w is None else track_w
 
     def schedule(self, nimg: float | Schedule) -> Schedule:
@@ -161,11 +171,14 @@ class Next3DLoss:
         self._report_scores('fake', logits)
         loss_fake = softplus(logits)
         (loss_fake.mean() * gain).backward()
-        logits = self._score(self._real_images(real, nimg), real.c, nimg)
+        images = self._real_images(real, nimg)
+        logits = self._score(images, real.c, nimg)
         self._report_scores('real', logits)
         loss_real = softplus(-logits)
         self.report('Loss/D/loss', loss_fake.detach() + loss_real)
         (loss_real.mean() * gain).backward()
+        if self.config.gaze_mismatch > 0:
+            self._mismatched_gaze(images, real, gain, nimg)
 
     def discriminator_regularisation(self, real: RealInput, gain: float, nimg: int | Schedule) -> None:
         """Dreg: R1, squared gradients of the logits with respect to the pictures that D finally sees.
@@ -182,6 +195,22 @@ class Next3DLoss:
         self.report('Loss/r1_penalty', penalty)
         loss = penalty * (self.config.r1_gamma / 2)
         self.report('Loss/D/reg', loss)
+        (loss.mean() * gain).backward()
+
+    def _mismatched_gaze(self, images, real, gain, nimg):
+        """Minimise the logits of real pictures beside renderings whose eyes look elsewhere.
+
+        A matching-aware discriminator (Reed et al. 2016, section 4.2): it overlooks small eyes otherwise.
+        """
+        direction, amount = uniform([len(real.c), 2], real.c.device).unbind(dim=1)
+        least, most = (math.radians(degrees) for degrees in TURN_DEG)
+        direction, amount = direction * 2 * math.pi, least + amount * (most - least)
+        angles = torch.stack([amount * direction.cos(), PITCH_SHARE * amount * direction.sin()], dim=1)
+        turned = turn_eyeballs(real.v, self.eyeballs, angles)
+        logits = self._score(images | self._rendering(turned, real.c), real.c, nimg)
+        self._report_scores('mismatch', logits)
+        loss = softplus(logits) * self.config.gaze_mismatch
+        self.report('Loss/D/mismatch', loss)
         (loss.mean() * gain).backward()
 
     def _generate(self, fake, nimg, track_w=False):

@@ -28,7 +28,7 @@ class TrainConfig(Serialisable):
     """A training run.
 
     What is learned: preset, topology_path, with_expressions, mirror, generator, discriminator, loss. disc_render:
-    colours of the mesh rendering that the discriminator also sees ('normal' or 'uv'), or None.
+    colours of the mesh rendering that the discriminator also sees ('normal', 'uv', 'waves'), or None.
     How: batch images per iteration, in micro-batches of batch_gpu on each of `gpus` processes; learning rates,
     intervals of the two regularisations (0: none); freezed: first layers of D that stay; ema_rampup of the average
     (None: none); augmentation mode, probability (fixed), target and speed (ada); precision, a key of
@@ -173,8 +173,8 @@ DEFAULTS = dict(
     sr_noise_mode='none', style_mixing_prob=0.0, sr_num_fp16_res=4, g_num_fp16_res=0, d_num_fp16_res=4,
     density_reg=0.25, density_reg_every=4, density_reg_p_dist=0.004, density_region='box', reg_type='l1',
     decoder_lr_mul=1.0, precision='fp32', plane_layout='next3d', blend_planes='all', discriminator_version='dual',
-    disc_render=None, num_depths=None, generator={}, camera_setup='ffhq', desc='', device='cuda', dist_timeout=600.0,
-    topology_path='data/demo/head_template.obj', rdata=None,
+    disc_render=None, disc_gaze=0.0, num_depths=None, generator={}, camera_setup='ffhq', desc='', device='cuda',
+    dist_timeout=600.0, topology_path='data/demo/head_template.obj', rdata=None,
 )
 PRESETS = {
     'ffhq512': dict(resolution=512, gamma=4.0),
@@ -323,6 +323,7 @@ def _loss(s, is_resumed):
         rendering_resolution_final=s['neural_rendering_resolution_final'],
         rendering_resolution_fade_kimg=s['neural_rendering_resolution_fade_kimg'],
         style_mixing_prob=s['style_mixing_prob'],
+        gaze_mismatch=s['disc_gaze'],
     )
 
 
@@ -342,6 +343,9 @@ def _check(s):
     layers = 1 + 3 * (s['resolution'].bit_length() - 3)  # From colours; two and the skip of a block, down to 8 pixels.
     if s['freezed'] > layers:
         raise ValueError(f'--freezed: expected at most the {layers} layers of the blocks, got {s["freezed"]}')
+    if s['disc_gaze'] and s['disc_render'] != 'waves':  # Others hardly show it: real pictures would be fakes.
+        found = s['disc_render'] or 'none'
+        raise ValueError(f'--disc_gaze: expected a rendering whose eyes can turn (--disc_render=waves), got {found}')
     if s['mirror'] and s['gen_exp_cond']:
         raise ValueError('--mirror: expected no expressions (--gen_exp_cond): those of mirrored faces are not known')
 

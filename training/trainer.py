@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from geometry.eyeballs import find_eyeballs
+from geometry.meshes import read_obj
 from torch_utils.distributed import Ranks
 from torch_utils.randomness import keyed_draws, normal, sample_keys
 from torch_utils.training_stats import Collector
@@ -197,12 +199,16 @@ class Trainer:
         return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=ADAM_EPSILON, fused=is_fused)
 
     def _make_loss(self):
-        G, D, renderer = self.networks.G, self.networks.D, None
+        G, D, renderer, eyeballs = self.networks.G, self.networks.D, None, []
         if self.config.disc_render is not None:
             renderer = MeshRenderer(G.faces[0], G.face_uvcoords[0], self.config.disc_render)
+        if self.config.loss.gaze_mismatch > 0:
+            template = read_obj(self.config.topology_path)
+            found = find_eyeballs(template.vertices, template.faces)
+            eyeballs = [torch.from_numpy(indices).to(self.ranks.device) for indices in found]
         return Next3DLoss(
             G, D, self.config.loss, self.config.batch, self.augment, self._report, renderer,
-            track_w=lambda w: self._w_means.append(w.mean(dim=0)),
+            track_w=lambda w: self._w_means.append(w.mean(dim=0)), eyeballs=eyeballs,
         )
 
     def _report(self, name, values):
