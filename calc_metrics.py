@@ -80,7 +80,7 @@ def main(ctx, **options):
     if options['reals']:
         wrong = [name for name in options['metrics'] if not registry.METRICS[name].of_reals]
         if wrong:
-            raise click.UsageError(f'--reals: expected fid, kid, pr, aed or apd, got {", ".join(wrong)}.')
+            raise click.UsageError(f'--reals: expected fid, kid, pr, aed, apd or follow, got {", ".join(wrong)}.')
     if options['device'] == 'auto':
         options['device'] = cli.Device().convert('auto', None, None).type
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

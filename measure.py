@@ -143,7 +143,11 @@ def read_truth(source: Source) -> Truth | None:
             rows = {name: i for i, name in enumerate(file['names'].tolist())}
             order = [rows[name] for name in source.names]
             names = tuple(file['expression_names'].tolist())
-            return Truth(file['identity'][order], file['expression'][order], names)
+            truth = Truth(file['identity'][order], file['expression'][order], names)
+        if truth.identity.ndim != 2 or truth.expression.shape != (len(order), len(names)):
+            found = f'{list(truth.identity.shape)} and {list(truth.expression.shape)}'
+            raise ValueError(f'identity [N, I] and expression [N, {len(names)}], as many as names, not {found}')
+        return truth
     except (ValueError, KeyError, OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
         raise MetricError(f'{path}: expected coefficients of the data set, found others: {error}') from None
 

@@ -24,7 +24,7 @@ VARIANTS = {  # What each changes of USUAL.
     'no-render': ('--disc-render=False',),
     'render-normals': ('--disc-render=True',),
 }
-METRICS = ('kid5k_mobilenet', 'aed', 'apd', 'id', 'depth', 'reprojection', 'animation')
+METRICS = ('kid5k_mobilenet', 'aed', 'apd', 'follow', 'id', 'depth', 'reprojection', 'animation')
 
 
 def options():

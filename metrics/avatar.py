@@ -8,6 +8,7 @@ from scipy.spatial import Delaunay, QhullError
 from torch.nn.functional import cosine_similarity, grid_sample, interpolate
 
 from geometry.cameras import CAM2WORLD, camera_rays, local_rays, project_points, split_label
+from geometry.expressions import CONTROLS, controlled
 from geometry.meshes import NUM_LANDMARKS, to_world
 from metrics.subject import MetricError, Request, Subject, expect_items, summarise
 
@@ -19,11 +20,17 @@ MARGIN = 1 / 32  # Of the picture's side: what is shaded anew beside it.
 # What `animation` moves, one after another: each name and, where there is one, its partner on the other side.
 MOVES = ({'jawOpen': 0.7}, {'eyeBlinkLeft': 1.0, 'eyeBlinkRight': 1.0}, {'mouthSmileLeft': 0.9, 'mouthSmileRight': 0.9},
          {'browInnerUp': 1.0, 'browOuterUpLeft': 1.0, 'browOuterUpRight': 1.0}, {'mouthPucker': 0.9})  # fmt: skip
+# What `driven` follows: the mean of the first names less that of the second.
+FOLLOWED = CONTROLS | {
+    'smile': (('mouthSmileLeft', 'mouthSmileRight'), ()),
+    'brows': (('browInnerUp', 'browOuterUpLeft', 'browOuterUpRight'), ('browDownLeft', 'browDownRight')),
+}
 DEGREES = 180 / np.pi
 
 
 def driven(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
-    """AED and APD: root mean squared error of re-estimated against driving coefficients, by picture, then its mean.
+    """AED and APD: root mean squared error of re-estimated against driving coefficients, by picture, then its mean;
+    follow: correlation of driving and re-estimated jaw, blink, gaze (x: sideways, y: up), smile and brows.
 
     Each latent is drawn with several items' cameras and meshes. Values: the estimator's own errors on the data set's
     pictures of the same items, then those of the drawn pictures; apd in radians. Standard errors take latents as
@@ -46,10 +53,18 @@ def driven(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         if has_truth:
             expression, pose = subject.on_device(subject.truth.expression[items]).float(), estimator.pose_of(c)
         errors = [_rms(a - b) for x in (own, found) for a, b in ((x.expression, expression), (x.pose, pose))]
-        return torch.stack(errors, dim=1)
+        followed = [x @ mixture.to(x) for x in (expression, own.expression, found.expression)]
+        return torch.cat([torch.stack(errors, dim=1), *followed], dim=1)
 
-    rows = subject.rows(total, 4, work, 'expressions and poses').view(latents, pairs, 4).mean(dim=1)
-    values = summarise(rows, ('aed_estimator', 'apd_estimator', 'aed', 'apd'))
+    names = controlled(estimator.expression_names, FOLLOWED)
+    mixture = _mixture(names, estimator.expression_names)
+    rows = subject.rows(total, 4 + 3 * len(names), work, 'expressions and poses').view(latents, pairs, -1)
+    values = summarise(rows[..., :4].mean(dim=1), ('aed_estimator', 'apd_estimator', 'aed', 'apd'))
+    truth, own, found = rows[..., 4:].unflatten(-1, (3, len(names))).unbind(dim=2)
+    for ending, estimate in {'_estimator': own, '': found}.items():
+        for name, a, b in zip(names, truth.unbind(dim=-1), estimate.unbind(dim=-1), strict=True):
+            value, error = _correlation(a, b)
+            values |= {f'follow_{name}{ending}': value, f'follow_{name}{ending}_se': error}
     if not has_truth:
         values = {key: value for key, value in values.items() if '_estimator' not in key}
     driving = 'coefficients.npz' if has_truth else 'estimates of the pictures of the items'
@@ -60,6 +75,31 @@ def split_count(num: int, pairs: int = PAIRS) -> tuple[int, int]:
     """Return latents and pictures of each: at most `pairs`, fewer so that there are two latents at least."""
     each = max(1, min(pairs, num // 2))
     return max(1, num // each), each
+
+
+def _mixture(names, expression_names):
+    """Return weights [E, len(names)] whose products with expressions are what FOLLOWED says."""
+    weights = torch.zeros(len(expression_names), len(names))
+    for column, name in enumerate(names):
+        for sign, members in zip((1, -1), FOLLOWED[name]):
+            for member in members:
+                weights[expression_names.index(member), column] = sign / len(members)
+    return weights
+
+
+def _correlation(a, b):
+    """Return the correlation of [L, P] numbers and its standard error, a jackknife over the L latents."""
+    a, b = a.double(), b.double()
+    sums = torch.stack([torch.ones_like(a), a, b, a * a, b * b, a * b]).sum(dim=2)
+    total, without = sums.sum(dim=1), sums.sum(dim=1, keepdim=True) - sums
+    (value,), left = _of_sums(total[:, None]), _of_sums(without)
+    error = (left - left.mean()).square().sum().mul((len(left) - 1) / len(left)).sqrt()
+    return float(value), float(error)
+
+
+def _of_sums(sums):
+    count, a, b, aa, bb, ab = sums
+    return (count * ab - a * b) / ((count * aa - a * a) * (count * bb - b * b)).sqrt()
 
 
 def _about(estimator):
@@ -82,6 +122,7 @@ def identity(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
     estimator = subject.estimator()
 
     def work(numbers):
+        """Return the four cosines [N, 4] of latents by their numbers."""
         first, second = (subject.items(2 * i + k for i in numbers) for k in (0, 1))
         (c, v), (c_other, v_other) = subject.cameras_and_meshes(first), subject.cameras_and_meshes(second)
         v_moved = v_other if subject.head is None else with_expression(subject, first, second)

@@ -57,6 +57,7 @@ def _words(function):
 
 AVATAR = {
     'aed': (avatar.driven, 10_000, 'estimator'), 'apd': (avatar.driven, 10_000, 'estimator'),
+    'follow': (avatar.driven, 10_000, 'estimator'),
     'id': (avatar.identity, 1000, 'estimator'), 'depth': (avatar.depth, 1024, None),
     'reprojection': (avatar.reprojection, 1024, None), 'animation': (avatar.animation, 1024, None),
 }  # fmt: skip
@@ -76,7 +77,7 @@ def expect_names(names: list[str]) -> None:
 def measure(names: list[str], subject: Subject) -> Iterator[dict[str, Any]]:
     """Yield a line of results for each metric as it is found, in the order of names; JSON can hold it (None: NaN).
 
-    aed and apd are measured at once where both are asked for.
+    aed, apd and follow are measured at once where several are asked for.
     """
     expect_names(names)
     done = {}
@@ -88,6 +89,8 @@ def measure(names: list[str], subject: Subject) -> Iterator[dict[str, Any]]:
         values, about = done[metric.measure]
         if metric.measure is avatar.driven:
             values = {key: value for key, value in values.items() if key.startswith(name)}
+            if not values:
+                raise MetricError(f'{name}: expected an estimator of expressions by name, found {about["estimator"]}')
         else:
             values = {_full(key, name): value for key, value in values.items()}
         yield {

@@ -197,6 +197,14 @@ def test_bad_input_is_told_in_one_line(trained, people, tmp_path):
     assert 'manifest' in refused(tmp_path, tmp_path / 'x.npz')
     copy = tmp_path / 'copy'
     shutil.copytree(people, copy)
+    whole = (copy / 'coefficients.npz').read_bytes()
+    with np.load(copy / 'coefficients.npz') as file:
+        names = file['names']
+    np.savez(tmp_path / 'bare.npz', names=names)
+    np.savez(tmp_path / 'renamed.npz', names=names[::-1])
+    for content in (whole[:1000], b'', *((tmp_path / f'{x}.npz').read_bytes() for x in ('bare', 'renamed'))):
+        (copy / 'coefficients.npz').write_bytes(content)
+        assert 'expected what make_dataset.py writes' in refused(copy, tmp_path / 'x.npz')
     (copy / 'coefficients.npz').unlink()
     assert 'expected the coefficients of make_dataset.py' in refused(copy, tmp_path / 'x.npz')
     assert not (tmp_path / 'x.npz').exists()

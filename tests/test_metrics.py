@@ -270,6 +270,27 @@ def test_exact_renders_have_the_error_of_the_estimator(subject, weights):
         assert (about['num_latents'], about['num_pairs']) == (2, 10) and about['driving'] == 'coefficients.npz'
         if reader is not untrained:
             assert values['aed'] == pytest.approx(0.125, abs=1e-6) and values['apd'] < 1e-6
+            assert all(values[f'follow_{name}'] == pytest.approx(1, abs=1e-5) for name in avatar.FOLLOWED)
+
+
+def test_following_is_the_correlation_of_what_drives_and_what_is_found(subject):
+    """Found: the truth with noise in jaw and gaze, eyes turned the wrong way; errors by leaving out each latent."""
+    reader, rng = PictureReader(subject.dataset, subject.truth), np.random.default_rng(0)
+    names, expression = list(reader.expression_names), reader.expression
+    reader.expression = expression.clone()
+    gaze = [names.index(name) for name in ('eyeLookOutLeft', 'eyeLookInRight', 'eyeLookInLeft', 'eyeLookOutRight')]
+    reader.expression[:, gaze] *= -1
+    reader.expression[:, names.index('jawOpen')] += torch.from_numpy(rng.normal(0, 0.3, len(expression))).float()
+    values, _ = avatar.driven(dataclasses.replace(subject, estimator=lambda: reader, num=20), 10_000)
+    items = subject.items(range(20))
+    jaws = [x[items, names.index('jawOpen')].double().numpy() for x in (expression, reader.expression)]
+    assert values['follow_jaw'] == pytest.approx(np.corrcoef(*jaws)[0, 1], abs=1e-6)
+    left = [np.corrcoef(*(x[keep] for x in jaws))[0, 1] for keep in (slice(0, 10), slice(10, 20))]
+    assert values['follow_jaw_se'] == pytest.approx(abs(left[0] - left[1]) / 2, abs=1e-6)
+    assert values['follow_gaze_x'] == pytest.approx(-1, abs=1e-5)
+    assert values['follow_gaze_y'] == pytest.approx(1, abs=1e-5) == values['follow_gaze_y_estimator']
+    line = next(registry.measure(['follow'], dataclasses.replace(subject, estimator=lambda: reader, num=20)))
+    assert line['results'] == {name: value for name, value in values.items() if name.startswith('follow')}
 
 
 def test_without_coefficients_the_pictures_tell_what_drives(subject, people, tmp_path):
@@ -285,6 +306,13 @@ def test_without_coefficients_the_pictures_tell_what_drives(subject, people, tmp
     (tmp_path / 'copy' / 'coefficients.npz').write_bytes(b'PK\x03\x04 cut')
     with pytest.raises(MetricError, match='coefficients of the data set'):
         measure.read_truth(open_source(tmp_path / 'copy', None))
+    with np.load(people / 'coefficients.npz') as file:
+        arrays = dict(file)
+    for name, wrong in (('expression', arrays['expression'][:, :20]), ('expression', arrays['expression'][:, 0]),
+                        ('identity', arrays['identity'][:, 0]), ('expression_names', arrays['expression_names'][:9])):
+        np.savez(tmp_path / 'copy' / 'coefficients.npz', **{**arrays, name: wrong})
+        with pytest.raises(MetricError, match='coefficients of the data set.* as many as names'):
+            measure.read_truth(open_source(tmp_path / 'copy', None))
     np.savez(tmp_path / 'copy' / 'coefficients.npz', names=['a'], exp=np.zeros([1, 50]))  # FLAME's: a fit, no truth.
     assert measure.read_truth(open_source(tmp_path / 'copy', None)) is None
 
@@ -355,6 +383,8 @@ def test_deca_sees_the_face_by_the_driving_mesh(subject):
     assert centre > 0.05 and torch.allclose(found.identity.norm(dim=1), torch.ones(2))
     values, about = avatar.driven(dataclasses.replace(subject, estimator=lambda: estimate, num=2), 10_000)
     assert values['aed'] == 0 and 'aed_estimator' not in values and about['estimator'] == 'DECA'
+    with pytest.raises(MetricError, match='follow: expected an estimator of expressions by name, found DECA'):
+        next(registry.measure(['follow'], dataclasses.replace(subject, estimator=lambda: estimate, num=2)))
 
 
 # Feature networks and the command line.

@@ -6,6 +6,7 @@ import math
 import pathlib
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -73,12 +74,15 @@ def load_data(path: pathlib.Path, device: torch.device, workers: int) -> tuple[D
     coefficients = path / COEFFICIENTS_FILE
     if not coefficients.exists():
         raise DatasetError(f'{coefficients}: expected the coefficients of make_dataset.py, found no such file')
-    with np.load(coefficients, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    if arrays['names'].tolist() != source.names:
-        raise DatasetError(f'{coefficients}: expected the names of the pictures, in their order, found others')
-    person, signs = person_targets(arrays)
-    names = tuple(arrays['expression_names'].tolist())
+    try:
+        with np.load(coefficients, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if arrays['names'].tolist() != source.names:
+            raise ValueError('names that are not those of the pictures, in their order')
+        person, signs = person_targets(arrays)
+        names = tuple(arrays['expression_names'].tolist())
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DatasetError(f'{coefficients}: expected what make_dataset.py writes, found others: {error}') from None
     numbers = (arrays['expression'], np.asarray(source.labels)[:, :25], person)
     tensors = (torch.from_numpy(np.array(x, dtype=np.float32)).to(device) for x in numbers)
     mirror = Mirror(torch.tensor(mirrored_names(names), device=device), torch.from_numpy(signs).to(device))
