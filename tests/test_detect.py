@@ -2,6 +2,7 @@
 """Faces found in photographs; those tests that need MediaPipe and its model skip where they are not installed."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -45,6 +46,12 @@ def test_a_face_is_found(find, astronaut):
     smile, blink = face.expressions['mouthSmileLeft'], face.expressions['eyeBlinkLeft']
     assert smile > 0.7 and blink < 0.2
     assert face.pose.shape == (4, 4) and abs(np.linalg.det(face.pose[:3, :3]) - 1) < 0.1
+
+
+def test_it_starts_in_silence_and_leaves_the_error_stream(find, capfd):
+    landmarker.Landmarker().close()
+    os.write(2, b'heard')
+    assert capfd.readouterr().err == 'heard'
 
 
 def test_landmarks_lie_as_ibug_has_them(find, astronaut):

@@ -11,6 +11,7 @@ import scipy.io
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 
 from dataset_preprocessing.ffhq import (
@@ -234,6 +235,18 @@ def test_ffhq_sampling_of_much_larger_and_of_leaving_squares():
     assert out[:40, :40].std(axis=(0, 1)).max() < out[110:, 110:].std(axis=(0, 1)).min()
     with pytest.raises(PreprocessError, match='found one outside'):
         alignment.sample_quad(image, quad + 5000, 150, 300)
+
+
+@pytest.mark.parametrize('sigma, largest', [(5.2, 0), (13, 0.5), (40, 0.5)])
+def test_a_wide_blur_is_that_of_a_gaussian(sigma, largest):
+    """Smooth colours with noise, of a size that is no multiple of blocks; the last sigmas fade to one colour anyway."""
+    y, x = np.mgrid[:317, :411]
+    noise = np.random.default_rng(0).normal(0, 20, [317, 411, 3])
+    pixels = (128 + 80 * np.sin(x / 90)[..., None] * np.cos(y / 70)[..., None] + noise).astype(np.float32)
+    expected = ndimage.gaussian_filter(pixels, [sigma, sigma, 0])
+    difference = np.abs(alignment._blurred(pixels, sigma) - expected)
+    inner = slice(int(2 * sigma), -int(2 * sigma))
+    assert difference.shape == pixels.shape and difference[inner, inner].max() <= largest
 
 
 # --- points and reference --------------------------------------------------------------------------------------------

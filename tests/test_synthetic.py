@@ -395,7 +395,8 @@ def test_bad_options_are_told_in_one_line(tmp_path, option):
 def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(store.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     result = run(make_dataset.main, f'--out={tmp_path}/set', '--count=10')
-    assert result.exit_code == 1 and 'free space' in result.output and len(result.output.splitlines()) == 1
+    assert result.exit_code == 1 and len(result.output.splitlines()) == 1
+    assert 'expected 8.0 MB of free space, found 0.0 MB' in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -415,6 +416,20 @@ def test_a_disk_that_fills_up_leaves_complete_items_only(tmp_path, monkeypatch):
     assert result.exit_code == 1 and 'No space left on device' in result.output.splitlines()[-1]
     assert not (tmp_path / 'set').exists() and not list(tmp_path.rglob(f'*{store.TEMPORARY}'))
     assert len(list(tmp_path.rglob('img*.png'))) == 1
+    monkeypatch.undo()
+    assert run(make_dataset.main, *arguments).exit_code == 0
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_with_what_to_do(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+
+    arguments = [f'--out={tmp_path}/set', '--count=1', f'--resolution={SIZE}', '--workers=1', '--packed']
+    monkeypatch.setattr(store.np, 'savez_compressed', full)
+    result = run(make_dataset.main, *arguments)
+    line = result.output.splitlines()[-1]
+    assert result.exit_code == 1 and 'set.partial: cannot be written: No space left on device; ' in line
+    assert not (tmp_path / 'set').exists()
     monkeypatch.undo()
     assert run(make_dataset.main, *arguments).exit_code == 0
 

@@ -27,6 +27,7 @@ FFHQ_SIDE, FFHQ_SAMPLED_SIDE = 1500, 4096
 FFHQ_ZOOM = 1.8  # The published FFHQ's own crop has 1.
 EYE_FACTOR, MOUTH_FACTOR, CENTRE_SHIFT = 2.0, 1.8, 0.1  # Of FFHQ: size by the eyes and by the mouth; shift downwards.
 BORDER, PADDING, BLUR = 0.1, 0.3, 0.02  # Shares of the crop's side.
+SIGMAS_OF_BLOCK = 6  # Of a wide blur, which is made of means of blocks, in their sides.
 
 
 class Placement(NamedTuple):
@@ -235,10 +236,27 @@ def _pad(pixels, before, after, sigma):
     near = [_ramp(length, *width) for length, width in zip(padded.shape[:2], widths[:2], strict=True)]
     # 0 at the part's edge, 1 at the margin's; inside negative, so that the blur begins a little within the part.
     outside = 1 - np.minimum(near[0][:, None], near[1][None, :])[..., None]
-    blurred = ndimage.gaussian_filter(padded, [sigma, sigma, 0])
-    padded += (blurred - padded) * np.clip(3 * outside + 1, 0, 1)
+    padded += (_blurred(padded, sigma) - padded) * np.clip(3 * outside + 1, 0, 1)
     padded += (np.median(padded, axis=(0, 1)) - padded) * np.clip(outside, 0, 1)
     return Image.fromarray(np.clip(np.rint(padded), 0, 255).astype(np.uint8))
+
+
+def _blurred(pixels, sigma):
+    """Return pixels [H, W, C] float32 blurred by a Gaussian; a wide one of means of blocks, enlarged again.
+
+    Variances add up: those of the mean over a block and of the linear enlargement are left out of the Gaussian's.
+    """
+    block = int(sigma / SIGMAS_OF_BLOCK)
+    if block < 2:
+        return ndimage.gaussian_filter(pixels, [sigma, sigma, 0])
+    height, width, channels = pixels.shape
+    rows, columns = -(-height // block), -(-width // block)
+    whole = [(0, rows * block - height), (0, columns * block - width), (0, 0)]
+    means = np.pad(pixels, whole, mode='symmetric').reshape(rows, block, columns, block, channels).mean(axis=(1, 3))
+    rest = np.sqrt(sigma**2 - (block**2 - 1) / 12 - block**2 / 6) / block
+    means = ndimage.gaussian_filter(means, [rest, rest, 0])
+    size, bilinear = (columns * block, rows * block), Image.Resampling.BILINEAR
+    return np.stack([Image.fromarray(x).resize(size, bilinear) for x in means.transpose(2, 0, 1)], 2)[:height, :width]
 
 
 def _ramp(length, before, after):

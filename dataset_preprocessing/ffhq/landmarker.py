@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faces in pictures by MediaPipe's face landmarker: 478 points, pose and ARKit-named expression scores; offline."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -80,8 +81,6 @@ class Landmarker:
 
     def __init__(self, path: str | None = None, confidence: float = CONFIDENCE):
         model = model_path(path)
-        # It logs notes of no use to users at each start.
-        os.environ.setdefault('GLOG_minloglevel', '2')
         try:
             import mediapipe
             from mediapipe.tasks.python import BaseOptions, vision
@@ -95,7 +94,8 @@ class Landmarker:
             output_facial_transformation_matrixes=True,
         )
         try:
-            self._landmarker = vision.FaceLandmarker.create_from_options(options)
+            with _silence():
+                self._landmarker = vision.FaceLandmarker.create_from_options(options)
         except (RuntimeError, ValueError) as error:
             raise PreprocessError(f'{model}: expected face_landmarker.task, found another file') from error
         self.close = weakref.finalize(self, self._landmarker.close)
@@ -131,6 +131,19 @@ class Landmarker:
                 named = {c.category_name: float(c.score) for c in categories if c.category_name != NEUTRAL}
                 faces.append(Face(mesh, named, np.array(pose)))
         return faces
+
+
+@contextlib.contextmanager
+def _silence():
+    """Keep what native code writes to the error stream from it: MediaPipe's notes at each start help no user."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, 'wb') as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def tiles(size: tuple[int, int], side: int) -> list[tuple[int, int, int, int]]:

@@ -22,6 +22,7 @@ from training import data_checks  # noqa: E402
 
 REJECTED_FILE = 'rejected.txt'
 SHOWN = 20
+SAME_IDENTITY = 1e-3  # Largest difference of codes, whose standard deviation is 1, that rounding may make.
 
 
 @click.command(cls=cli.Command)
@@ -84,9 +85,11 @@ def _process(source, title, out, work, find, fitter, all_faces, same_person, ove
     with tqdm(total=len(faces), desc=f'{title}fits', delay=2) as bar:
         fitting.fit_all(fitter, faces, crops, work / 'fits', source.fps, same_person, bar.update)
     fits = {name: fitter.read(work / 'fits' / f'{name}.npz') for name in faces}
+    is_one_person = same_person or source.fps is not None
+    if is_one_person:
+        _check_identity(fits, work / 'fits')
     writer = wild_output.ItemWriter(fitter, out, work / 'overlays' if overlays else None)
     _write(source, writer, origins, crops, fits, title)
-    is_one_person = same_person or source.fps is not None
     wild_output.write_tables(out, fits, fitter, source.fps, is_one_person)
     faults = data_checks.check_driving(out, fitter.num_vertices)
     errors = 100 * np.array([fit.error for fit in fits.values()])
@@ -98,16 +101,14 @@ def _process(source, title, out, work, find, fitter, all_faces, same_person, ove
 
 
 def _detect(source, folder, find, title):
-    """Write the faces of each picture that lacks them; return the number of pictures."""
-    count, missing = 0, set()
+    """Write the faces of each picture that lacks them or could not be read; return the number of pictures."""
+    count = 0
 
     def is_wanted(name):
         nonlocal count
         count += 1
-        if (folder / f'{name}.json').exists():
-            return False
-        missing.add(name)
-        return True
+        path = folder / f'{name}.json'
+        return not path.exists() or read_faces(path)[1] is not None  # What could not be read may have been mended.
 
     bar = tqdm(source.pictures(is_wanted), f'{title}faces', total=len(source) or None, delay=2)
     for name, picture in bar:
@@ -143,6 +144,17 @@ def _crops(faces, fps):
         except PreprocessError as error:
             outside[name] = str(error)
     return crops, outside
+
+
+def _check_identity(fits, folder):
+    """Raise PreprocessError unless all fits have one identity: they may be of a run of other options or pictures."""
+    first = next(iter(fits.values())).identity
+    for name, fit in fits.items():
+        if np.abs(fit.identity - first).max() > SAME_IDENTITY:
+            raise PreprocessError(
+                f'{folder / name}.npz: expected the identity of the other fits, found another, of a run without '
+                '--same-person or of fewer pictures: write elsewhere'
+            )
 
 
 def _write(source, writer, origins, crops, fits, title):

@@ -201,6 +201,7 @@ def cut(options: Options, items: dict[str, pathlib.Path]) -> None:
     table = None if options.points is None else FivePoints(options.points)
 
     def work(name, path):
+        """Write the files of an item, the picture last."""
         with files.naming(path):
             image, landmarks = files.read_picture(path), files.read_points(work_folder / 'points68' / f'{name}.txt', 68)
             if not options.is_aligned:

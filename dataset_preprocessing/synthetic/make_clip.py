@@ -80,8 +80,6 @@ def main(out, frames, fps, seed, resolution, workers):
 
     store.write_all(draw, items, missing, workers, frames)
     labels = [[f'{index:05d}.png', person.label.astype(float).tolist()] for index, person in enumerate(people)]
-    with atomic_write(partial / LABEL_FILE, 'w') as file:
-        json.dump({'labels': labels}, file)
     arrays = {
         'names': np.array([name for name, _ in labels]),
         'identity': people[0].identity.astype(np.float32),
@@ -89,7 +87,10 @@ def main(out, frames, fps, seed, resolution, workers):
         'expression_names': np.array(anatomy.expression_names),
         'fps': np.array(fps),
     }
-    store.finish(partial, target, arrays, with_template=False)
+    with store.writing(partial):
+        with atomic_write(partial / LABEL_FILE, 'w') as file:
+            json.dump({'labels': labels}, file)
+        store.finish(partial, target, arrays, with_template=False)
     click.echo(f'Wrote {frames} frames of {len(anatomy.neutral)} vertices to {target}')
 
 

@@ -53,8 +53,9 @@ def main(out, count, resolution, seed, packed, workers):
         picture(anatomy, random_person(anatomy, seed, missing[0]), 32)  # Builds tables and rasteriser once.
     store.write_all(lambda index: _draw(anatomy, seed, resolution, index), items, missing, workers, count)
     labels, arrays = _tables(anatomy, seed, count, workers)
-    items.finish(labels)
-    store.finish(partial, target, arrays)
+    with store.writing(partial):
+        items.finish(labels)
+        store.finish(partial, target, arrays)
     click.echo(f'Wrote {count} items of {len(anatomy.neutral)} vertices to {target}')
 
 
@@ -65,7 +66,8 @@ def _draw(anatomy, seed, resolution, index):
 
 def _bytes_needed(count, resolution, packed):
     pictures = store.PICTURE_BYTES * resolution**2
-    return int(count * (pictures * 2 + 70_000 if packed else pictures + store.OBJ_BYTES))
+    each = pictures * 2 + 70_000 if packed else pictures + store.OBJ_BYTES
+    return int(count * each + store.OBJ_BYTES)  # And the template.
 
 
 def _tables(anatomy, seed, count, workers):

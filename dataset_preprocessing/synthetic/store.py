@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write items of a data set so that a run may end at any moment: DIR.partial grows item by item, then becomes DIR."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -81,7 +82,7 @@ def _expect_room(out, num_bytes):
     existing = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
-        raise DatasetError(f'{out}: expected {num_bytes / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB')
+        raise DatasetError(f'{out}: expected {num_bytes / 1e6:.1f} MB of free space, found {free / 1e6:.1f} MB')
 
 
 def put(path: pathlib.Path, data: bytes) -> None:
@@ -229,11 +230,18 @@ def _hash(path):
 def write_all(draw: Callable[[int], tuple], store, indices: Iterable[int], workers: int, total: int) -> None:
     """Draw and write items: draw(index) -> (image, vertices, landmarks). Raises DatasetError where it cannot go on."""
     indices = list(indices)
-    try:
+    with writing(store.folder):
         for _ in in_processes(lambda index: store.write(index, *draw(index)), indices, workers, 'pictures', total):
             pass
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+    """Raise DatasetError, which says how to go on, for what cannot be written below a folder."""
+    try:
+        yield
     except OSError as error:
-        where = error.filename or store.folder
+        where = error.filename or folder
         raise DatasetError(f'{where}: cannot be written: {error.strerror or error}; {GO_ON}') from None
 
 
