@@ -34,8 +34,10 @@ BAR_EVERY_SECONDS = 0.5
 MAX_GRID = 100  # Cells to a side of a video.
 MAX_FLOAT = torch.finfo(torch.float32).max
 USER_ERRORS = (
-    legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError, VideoError, MetricError
+    legacy.NetworkFileError, meshes.MeshFileError, DownloadError, DatasetError, RunError, VideoError, MetricError,
+    torch.OutOfMemoryError,
 )  # fmt: skip
+LESS_MEMORY = 'fewer images at a time (--batch-gpu, --batch, --grid) or --device=cpu need less'
 USER_STATUS = 3  # Exit status of a process that has told the user what to mend.
 
 
@@ -56,7 +58,7 @@ class Command(click.Command):
         except click.UsageError as error:
             raise _one_line(error.format_message(), error.exit_code) from error
         except USER_ERRORS as error:
-            raise _one_line(str(error)) from error
+            raise _one_line(describe(error)) from error
         except OSError as error:
             raise _one_line(describe(error)) from error
 
@@ -66,6 +68,9 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and not isinstance(error, DownloadError):
         where = f'{error.filename}: ' if error.filename else ''
         return f'{where}{error.strerror or error}'
+    if isinstance(error, torch.OutOfMemoryError):
+        told = '. '.join(str(error).split('. ')[:2])  # Then a paragraph of advice on the allocator.
+        return ' '.join(f'{told}; {LESS_MEMORY}'.split())
     return ' '.join(str(error).split())
 
 

@@ -170,6 +170,10 @@ def raising(error):
         (FileNotFoundError(2, 'No such file or directory', 'a.obj'), 'Error: a.obj: No such file or directory', 1),
         (PermissionError(13, 'Permission denied', 'out/x'), 'Error: out/x: Permission denied', 1),
         (OSError('odd'), 'Error: odd', 1),
+        (
+            torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB.\nSee the manual.'),
+            f'Error: CUDA out of memory. Tried to allocate 2.00 GiB; {cli.LESS_MEMORY}', 1,
+        ),
         (urllib.error.URLError('no route'), 'Error: <urlopen error no route>', 1),
         (click.UsageError('--x: expected\ty'), 'Error: --x: expected y', 2),
         (click.BadParameter('expected z'), 'Error: Invalid value: expected z', 2),

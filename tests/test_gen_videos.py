@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import imageio_ffmpeg
@@ -34,7 +35,7 @@ from video_data import (
 import cli
 import gen_videos_next3d
 import reenact_avatar_next3d
-from geometry import paths
+from geometry import cameras, paths
 from training import avatar, video
 from training.generator import Next3DGenerator
 from training.inference import Synthesizer
@@ -114,6 +115,21 @@ def test_camera_paths():
     assert np.allclose(paths.orbit_path(4, 30)[1, 0] - np.pi / 2, np.radians(30))
     labels = paths.path_labels(turn, (0, 0, 0), 2.7)
     assert np.allclose(labels[2, [3, 7, 11]], [0, 0, -2.7], atol=1e-5)
+
+
+@pytest.mark.parametrize('words, pivot', [
+    ([], (0, 0, 0.2)), (['--cfg=FFHQ'], (0, 0, 0.2)), (['--cfg=Cats'], (0, 0, 0)), (['--cfg=cats'], (0, 0, 0)),
+])  # fmt: skip
+def test_where_cameras_look(network, demo_mesh, tmp_path, words, pivot):
+    words = ['--seeds=5', '--orbit=90', '--w-frames=4', '--sample_mult=1', '--save-frames', *words]
+    assert make(network, tmp_path, *words).code == 0
+    drawn = np.asarray(Image.open(tmp_path / 'interpolation/00001.png'))  # 90 degrees to a side.
+    errors = {}
+    for point in ((0, 0, 0.2), (0, 0, 0)):
+        pose = cameras.look_at_pose(cameras.FRONTAL + np.radians(90), cameras.FRONTAL, point, 2.7)
+        c = cameras.make_label(pose, cameras.intrinsics(cameras.FOCAL))
+        errors[point] = difference(drawn, plain(network, 5, c, demo_mesh))
+    assert errors.pop(pivot) < 0.1 and min(errors.values()) > 1
 
 
 PUBLISHED = {
@@ -222,6 +238,25 @@ def test_what_does_not_change_is_computed_once(network, monkeypatch):
         assert {name: calls.count(name) for name in set(calls)} == dict.fromkeys(per_frame, 3)
 
 
+def test_drawing_goes_on_while_frames_are_encoded(network, tmp_path, monkeypatch):
+    begun, in_time, numbers = [threading.Event() for _ in range(5)], [], iter(range(5))
+    draw, write = avatar.Wall.draw, video._Encoder._write
+
+    def begin(*args):
+        begun[next(numbers)].set()
+        return draw(*args)
+
+    def slow(encoder, picture):  # Does not end before the drawing of the next frame has begun.
+        in_time.append(begun[min(len(in_time) + 1, 4)].wait(10 if all(in_time) else 0))
+        write(encoder, picture)
+
+    monkeypatch.setattr(avatar.Wall, 'draw', begin)
+    monkeypatch.setattr(video._Encoder, '_write', slow)
+    words = ['--seeds=1', '--w-frames=5', '--nrr=4', '--sample_mult=1', '--image_mode=image_raw']
+    assert make(network, tmp_path, *words).code == 0
+    assert in_time == [True] * 5
+
+
 @needs_proc
 def test_memory_does_not_grow_with_length(network, tmp_path):
     common = [f'--network={network.path}', *MESH, '--seeds=1,2', '--nrr=4', '--sample_mult=1', '--image_mode=image_raw']
@@ -240,6 +275,7 @@ def test_memory_does_not_grow_with_length(network, tmp_path):
     (['--seeds=1-3', '--grid=2x2'], '--seeds: expected a multiple of the 4 cells of the grid, got 3; or'),
     (['--seeds=1', '--grid=0x2'], "expected columns and rows such as '4x2', each 1 to 100, got '0x2'"),
     (['--seeds=1', '--fixed', '--orbit=3'], '--fixed: expected none with --orbit'),
+    (['--seeds=1', '--cfg=Dogs'], "--cfg': 'Dogs' is not one of 'ffhq', 'cats'"),
     (['--seeds=1', '--fps=0'], 'expected a finite number between 0 and 1000'),
     (['--seeds=1', '--sample_mult=0.01'], '--sample_mult: num_depths, num_importance: expected at least 4 and 0, got'),
     (['--seeds=1', '--drive=/nowhere'], '--drive: expected none with --obj_path'),

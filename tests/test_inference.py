@@ -123,6 +123,16 @@ def test_frames_come_in_order(tiny):
     tiny.cpu()
 
 
+def test_people_of_a_grid_may_share_a_mesh_and_a_camera(tiny):
+    """Expanded tensors, whose rows lie on each other: they cannot be pinned as they are."""
+    avatar = Synthesizer(tiny.to(DEVICE)).avatar(tiny.mapping(latents(tiny, 2).to(DEVICE), LABELS[:2].to(DEVICE)))
+    shared = meshes()[:1].expand(2, -1, -1), LABELS[:1].expand(2, -1)
+    apart = [x.repeat(2, *[1] * (x.ndim - 1)) for x in (meshes()[:1], LABELS[:1])]
+    drawn = [avatar.render(*inputs)['picture'].cpu().clone() for inputs in (shared, apart)]
+    assert torch.equal(*drawn) and (drawn[0][0] != drawn[0][1]).any()
+    tiny.cpu()
+
+
 def test_the_generator_is_left_alone(tiny):
     """Weights that change later, and the next training step, are not the synthesizer's business."""
     ws = tiny.mapping(latents(tiny, 1), LABELS[:1])

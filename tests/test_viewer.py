@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """viewer.py: its camera, controls, turns and clocks; viewers that share a network; and the page in a real browser."""
 
+import asyncio
+import contextlib
 import io
 import itertools
 import math
@@ -296,6 +298,205 @@ def test_the_worker_draws_for_all_and_survives_errors():
     assert sorted(drawn) == [('a', False), ('a', True), ('b', False), ('b', True)] and ('bad', 'no') in errors
     worker.touch('a')
     assert len(drawn) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several things at once
+
+
+class Gate:
+    """Wraps a function whose first call waits for the end of the second, where that comes; `ended`: which came when."""
+
+    def __init__(self, function):
+        self._function, self._numbers, self.ended = function, itertools.count(), []
+        self._second, self.is_over = threading.Event(), threading.Event()
+
+    def __call__(self, *args):
+        number = next(self._numbers)
+        if number == 0:
+            self._second.wait(0.5)
+        result = self._function(*args)
+        self.ended.append(number)
+        if number == 1:
+            self._second.set()
+        if len(self.ended) == 2:
+            self.is_over.set()
+        return result
+
+
+@pytest.fixture
+def lone_page(studio):
+    """A page whose browser shows nothing, on controls of a real server; `changed` counts its wishes for a picture."""
+    if 'viser' in (browser.problem() or ''):
+        pytest.skip(browser.problem())
+    server = viewer._quietly(viewer._server_class(), host='127.0.0.1', port=0, verbose=False)
+    position, look_at, up = orbit.start_camera(PIVOT, RADIUS)
+    camera = SimpleNamespace(fov=1.0, aspect=1.0, position=position, look_at=look_at, up_direction=up, on_update=id)
+    client = SimpleNamespace(gui=server.gui, scene=server.scene, camera=camera, atomic=contextlib.nullcontext,
+                             flush=server.flush)  # fmt: skip
+    server.gui._resolve_client = lambda _: client
+    changed = []
+    page = viewer.Page(client, studio, dict(seed=3, trunc=0.7, shape_res=8), lambda: changed.append(1))
+    page._sitting.draw = lambda view, is_full: np.zeros([8, 8, 3], np.uint8)
+    page.changed = changed
+    yield page
+    viewer._quietly(server.stop)
+
+
+def move(page, handle, *values):
+    """Move a control as messages of a browser do, one right after the other."""
+    from viser._messages import GuiUpdateMessage
+
+    async def messages():
+        for value in values:
+            await page._gui._handle_gui_updates(0, GuiUpdateMessage(handle._impl.uuid, {'value': value}))
+
+    asyncio.run(messages())
+
+
+def test_the_last_of_two_changes_has_the_last_word(lone_page):
+    player = lone_page._player
+    player.seek = gate = Gate(player.seek)
+    move(lone_page, lone_page._frame, 2, 5)
+    assert gate.is_over.wait(10) and gate.ended == [0, 1] and player.at(0.0) == 5
+    assert lone_page._uses_clip.value
+
+    lone_page._client.atomic = gate = Gate(contextlib.nullcontext)  # Of what a search hides.
+    move(lone_page, lone_page._search, 'smile', 'jawOpen')
+    assert gate.is_over.wait(10) and gate.ended == [0, 1]
+    assert [name for name, slider in lone_page._sliders.items() if slider.visible] == ['jawOpen']
+
+
+def test_a_picture_does_not_move_the_slider_that_somebody_moves(lone_page):
+    """From its view to its end: the clip stands still, so frame 6 is where somebody has put it."""
+    page, view, draw = lone_page, lone_page.view, lone_page._sitting.draw
+    page._uses_clip.value = True
+
+    def put(frame, result):
+        page._frame.value = frame
+        page._player.seek(frame, time.monotonic())
+        return result
+
+    page.view = lambda: put(6, view())
+    page.draw(False)
+    assert page._frame.value == page._player.at(0.0) == 6
+    page.view = view
+    page._sitting.draw = lambda *args: put(3, draw(*args))
+    page.draw(False)
+    assert page._frame.value == page._player.at(0.0) == 3
+
+
+def test_the_slider_shows_where_a_clip_stops(lone_page):
+    page, player = lone_page, lone_page._player
+    page._toggle_play()
+    assert page._play.label == 'Pause'
+    player._since -= 0.2  # 2.5 frames of 1 / 12.5 s have passed.
+    page._toggle_play()
+    assert page._play.label == 'Play' and page._frame.value == player.at(0.0) in (2, 3, 4, 5, 6, 7)
+    player.loops = False
+    player.play(time.monotonic() - 100)  # It has come to its end.
+    page._play.label = 'Pause'
+    wishes = len(page.changed)
+    assert page.draw(False) is None
+    assert page._play.label == 'Play' and page._frame.value == 7 and len(page.changed) == wishes + 1
+
+
+class Crowd:
+    """Stands for a server whose browsers come and go when a test says so."""
+
+    def __init__(self, **_):
+        nothing = SimpleNamespace(configure_theme=lambda **_: None, set_up_direction=lambda _: None)
+        self.gui, self.scene, self.initial_camera = nothing, nothing, SimpleNamespace()
+        self.gui.main_panel = SimpleNamespace(dock_right=lambda: None)
+        self._here = {}
+
+    def on_client_connect(self, call):
+        self._connect = call
+
+    def on_client_disconnect(self, call):
+        self._disconnect = call
+
+    def get_clients(self):
+        return dict(self._here)
+
+    def come(self, key):
+        self._here[key] = SimpleNamespace(client_id=key)
+        self._connect(self._here[key])
+
+    def leave(self, key):
+        self._disconnect(self._here.pop(key))
+
+
+def test_browsers_that_leave_while_their_page_is_made_are_forgotten(studio, monkeypatch):
+    drawn, is_drawn = [], threading.Event()
+
+    class Page:
+        def __init__(self, client, *_):
+            self._key = client.client_id
+            if self._key == 'hasty':
+                crowd.leave('hasty')
+
+        def draw(self, is_full):
+            drawn.append(self._key)
+            if self._key == 'patient':
+                is_drawn.set()
+
+    monkeypatch.setattr(viewer, 'Page', Page)
+    crowd = viewer.start(Crowd, studio, '127.0.0.1', 0, {})
+    crowd.come('hasty')
+    crowd.come('patient')  # Drawn after those that came before.
+    assert is_drawn.wait(10) and set(drawn) == {'patient'}
+
+
+def test_a_browser_is_not_forgotten_before_it_is_known(studio, monkeypatch):
+    told, leaving = [], []
+
+    class Worker:
+        def __init__(self, *_):
+            pass
+
+        def add(self, key):
+            leaving.append(threading.Thread(target=crowd.leave, args=(key,)))
+            leaving[0].start()
+            leaving[0].join(0.2)  # It has to wait: whoever is added after being removed stays for ever.
+            told.append('added')
+
+        def touch(self, key):
+            pass
+
+        def remove(self, key):
+            told.append('removed')
+
+    monkeypatch.setattr(viewer, 'Page', lambda *_: SimpleNamespace(close=lambda: told.append('closed')))
+    monkeypatch.setattr(live, 'Worker', Worker)
+    crowd = viewer.start(Crowd, studio, '127.0.0.1', 0, {})
+    crowd.come('hasty')
+    leaving[0].join(10)
+    assert told == ['added', 'removed', 'closed']
+
+
+def test_a_signal_that_does_not_wake_the_script_still_ends_it(network, monkeypatch):
+    """One to another thread wakes no wait of the main one, like one that comes just before the wait begins."""
+    timers, missed = [], []
+
+    def start(*_):
+        main = threading.main_thread().ident
+        timers.append(threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)))
+        timers.append(threading.Timer(10, lambda: (missed.append(1), signal.pthread_kill(main, signal.SIGINT))))
+        for timer in timers:
+            timer.start()
+        return SimpleNamespace(get_port=lambda: 1, stop=lambda: None)
+
+    monkeypatch.setattr(viewer, '_server_class', lambda: None)
+    monkeypatch.setattr(viewer, 'start', start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Shells ignore it in background jobs.
+    try:
+        result = run(viewer.main, f'--network={network.path}', '--port=0', '--device=cpu')
+    finally:
+        for timer in timers:
+            timer.cancel()
+        signal.signal(signal.SIGINT, before)
+    assert result.code == 0 and result.output.endswith('Stopped.\n') and not missed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

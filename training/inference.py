@@ -331,7 +331,7 @@ def repeatable():
 
 def _pinned(x):
     """Return a tensor that nobody changes before it has been copied: what callers pinned may be filled anew at once."""
-    return x if x.is_cuda else (x.clone() if x.is_pinned() else x).pin_memory()
+    return x if x.is_cuda else (x.clone() if x.is_pinned() else x.contiguous()).pin_memory()
 
 
 def _arrived(waiting, free):
