@@ -15,6 +15,8 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+# Files that take minutes begin, so that no process is left alone with one at the end.
+LONGEST = ('test_training_survival.py', 'test_parity_training.py', 'test_viewer.py', 'test_distributed.py')
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # Before any kernel is imported: they run on the CPU, for tests.
@@ -36,6 +38,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('gpu') and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='no CUDA device'))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_sessionfinish(session):
