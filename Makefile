@@ -24,7 +24,7 @@ demo: .venv/installed
 	@echo "a surface seed*.glb (Blender or any glTF viewer), a density seed*.mrc (ChimeraX, surface level 10)"
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --timeout=600 tests
 
 clean:
 	rm -rf .venv $(OUT)
