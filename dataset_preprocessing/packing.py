@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import zipfile
@@ -11,6 +10,7 @@ import zipfile
 import numpy as np
 from tqdm import tqdm
 
+from dataset_preprocessing.parallel import in_processes
 from geometry.meshes import NUM_LANDMARKS
 from training.dataset import (
     MANIFEST_FILE,
@@ -55,16 +55,14 @@ def _write_arrays(source, folder, workers):
     mode = 'r+' if done else 'w+'
     arrays = {name: _open_array(folder / file, mode, shapes[name]) for name, file in PACKED_ARRAYS.items()}
     arrays['labels'][:] = source.labels
-    # Forked: they only read files, and spawned ones would each import torch anew.
-    with multiprocessing.get_context('fork').Pool(workers, _set_source, [source]) as pool:
-        meshes = pool.imap(_read_mesh, range(done, count))
-        for index, mesh in enumerate(tqdm(meshes, 'meshes', total=count, initial=done, delay=2), start=done):
-            if len(mesh) != num_vertices + NUM_LANDMARKS:
-                found = len(mesh) - NUM_LANDMARKS
-                raise DatasetError(f'{source.names[index]}: expected {num_vertices} vertices, found {found}')
-            arrays['vertices'][index], arrays['landmarks'][index] = mesh[:num_vertices], mesh[num_vertices:]
-            if (index + 1) % SAVE_EVERY == 0 or index + 1 == count:
-                _save_progress(folder, identity, index + 1, arrays.values())
+    meshes = in_processes(source.mesh, range(done, count), workers, 'meshes', count, chunk=1)  # All up to a bad one.
+    for index, mesh in enumerate(meshes, start=done):
+        if len(mesh) != num_vertices + NUM_LANDMARKS:
+            found = len(mesh) - NUM_LANDMARKS
+            raise DatasetError(f'{source.names[index]}: expected {num_vertices} vertices, found {found}')
+        arrays['vertices'][index], arrays['landmarks'][index] = mesh[:num_vertices], mesh[num_vertices:]
+        if (index + 1) % SAVE_EVERY == 0 or index + 1 == count:
+            _save_progress(folder, identity, index + 1, arrays.values())
     return shapes
 
 
@@ -87,18 +85,6 @@ def _save_progress(folder, identity, done, arrays):
 
 def _open_array(path, mode, shape):
     return np.lib.format.open_memmap(path, mode=mode, dtype=np.float32, shape=tuple(shape))
-
-
-_source = None
-
-
-def _set_source(source):
-    global _source
-    _source = source
-
-
-def _read_mesh(index):
-    return _source.mesh(index)
 
 
 def _write_images(source, path):

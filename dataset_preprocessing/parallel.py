@@ -19,10 +19,13 @@ GO_ON = 'run the same command again to go on'
 ORPHAN_CHECK_S = 1.0
 
 
-def in_processes(function: Callable, items: Sequence, workers: int, what: str, total: int) -> Iterator:
+def in_processes(
+    function: Callable, items: Sequence, workers: int, what: str, total: int, chunk: int = 4
+) -> Iterator:
     """Yield function(item) in order, computed in forked processes, under a bar that ends at `total`.
 
-    Raises DatasetError where a process is ended.
+    A process takes `chunk` items at once: where one of them fails, none of the chunk is yielded. Raises DatasetError
+    where a process is ended.
     """
     bar = functools.partial(tqdm, desc=what, total=total, initial=total - len(items), delay=1)
     if workers == 1:
@@ -32,7 +35,7 @@ def in_processes(function: Callable, items: Sequence, workers: int, what: str, t
     context = multiprocessing.get_context('fork')
     try:
         with ProcessPoolExecutor(workers, context, _begin_worker, (function, os.getpid())) as pool:
-            yield from bar(pool.map(_work, items, chunksize=4))
+            yield from bar(pool.map(_work, items, chunksize=chunk))
     except BrokenProcessPool:
         raise DatasetError(f'{what}: a process was ended (out of memory?); {GO_ON}') from None
 

@@ -122,7 +122,8 @@ def test_zip_archives_serve_as_folders(published, packed, tmp_path):
     assert np.array_equal(HeadDataset(source)[2].mesh, HeadDataset(PackedSource(packed))[2].mesh)
 
 
-def test_packing_continues_after_a_cut(published, tmp_path, monkeypatch):
+@pytest.mark.parametrize('workers', ['--workers=1', '--workers=2'])
+def test_packing_continues_after_a_cut(published, tmp_path, monkeypatch, workers):
     """An item that cannot be read ends the first run; the second does not read the noted ones again."""
     root = tmp_path / 'data'
     shutil.copytree(published, root)
@@ -130,12 +131,12 @@ def test_packing_continues_after_a_cut(published, tmp_path, monkeypatch):
     text = bad.read_text()
     bad.write_text(text.replace('v ', 'v nan ', 1))
     monkeypatch.setattr(packing, 'SAVE_EVERY', 1)
-    assert 'img00000003.obj' in run_pack(root, tmp_path / 'out', code=1)
+    assert 'img00000003.obj' in run_pack(root, tmp_path / 'out', workers, code=1)
     assert not (tmp_path / 'out').exists()
     assert json.loads((tmp_path / 'out.partial' / 'progress.json').read_text())['done'] == 3
     bad.write_text(text)
     (root / 'meshes512x512' / '00000' / 'img00000001.obj').write_text('no mesh any more')
-    run_pack(root, tmp_path / 'out')
+    run_pack(root, tmp_path / 'out', workers)
     assert np.array_equal(PackedSource(tmp_path / 'out').mesh(1), folder_source(published).mesh(1))
     assert 'expected a new folder' in run_pack(root, tmp_path / 'out', code=2)
 

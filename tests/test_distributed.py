@@ -167,8 +167,11 @@ def test_the_launcher_names_the_process_that_failed(how, message, status):
     assert time.monotonic() - begin < LIMIT_S / 2
 
 
-def test_the_launcher_returns_when_all_is_done():
+def test_the_launcher_returns_when_all_is_done_and_leaves_no_trace():
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    before = [signal.getsignal(number) for number in numbers]
     launch(hold_or_die, ('well',), 2)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_single_process_talks_to_nobody(monkeypatch):

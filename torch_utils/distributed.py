@@ -21,6 +21,8 @@ VARIABLES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')  # As torchrun sets them.
 NETWORK_ERROR = re.compile('gloo|nccl|timed out|connection|socket', re.IGNORECASE)
 LOST_STATUS = 4  # Exit status of a process that lost contact with the others.
 SIGNAL_OFFSET = 128  # Exit status of a process ended by signal 0, as shells count.
+# The launcher handles these, and goes on doing so when it has ended: pools forked later would survive their end.
+LAUNCHER_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
 MONITOR_S = 0.2  # Seconds between two looks of the launcher at its processes.
 LINGER_S = 1.0  # How long a process that lost another one stays: the launcher blames the first it finds ended.
 
@@ -232,12 +234,17 @@ def launch(worker: Callable, arguments: tuple, num_ranks: int) -> None:
         rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', max_restarts=0, monitor_interval=MONITOR_S,
         start_method='spawn',
     )
+    before = {number: signal.getsignal(number) for number in LAUNCHER_SIGNALS}
     try:
         elastic_launch(config, worker)(*arguments)
     except ChildFailedError as error:
         raise _first_failure(error.failures, num_ranks) from error
     except SignalException as error:
         raise RanksFailedError(f'stopped by {error.sigval.name}', SIGNAL_OFFSET + error.sigval) from error
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # Python's own.
+                signal.signal(number, handler)
 
 
 def _first_failure(failures, num_ranks):
