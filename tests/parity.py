@@ -111,15 +111,24 @@ def agrees(part: str, actual, expected, kind: str) -> None:
     deviations[part] = (max(deviation, deviations.get(part, (0.0, kind))[0]), kind)
 
 
-def agrees_in_some_rounding(check) -> None:
-    """Assert that a comparison of gradients holds with one of the two roundings that this processor offers.
+def last_bits_moved(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return a float32 tensor whose entries are a unit in the last place away, or not; the tensor itself for seed 0."""
+    if seed == 0:
+        return x
+    steps = torch.randint(-1, 2, x.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(steps == 0, x, torch.nextafter(x, steps * torch.inf))
 
-    One pre-activation that rounds to the other side of a leaky ReLU's kink changes the gradients of all pixels it sees
-    by up to a percent; which ones do depends on the convolution library and the processor. That is no disagreement,
-    and another rounding of the same network shows it: a wrong gradient is wrong in both.
+
+def agrees_in_some_rounding(check) -> None:
+    """Assert that a comparison of gradients holds for the inputs or with their last bits moved: `check` gets the seed.
+
+    One pre-activation that lies within rounding of a leaky ReLU's kink changes the gradients of all pixels it sees by
+    up to a percent; on which side it falls depends on the convolution library and the processor. That is no
+    disagreement, and moved last bits show it: such a gradient agrees for some of them, a wrong one for none.
     """
-    try:
-        check()
-    except AssertionError:
-        with torch.backends.mkldnn.flags(enabled=False):
-            check()
+    for seed in range(8):
+        try:
+            return check(seed)
+        except AssertionError:
+            if seed == 7:
+                raise

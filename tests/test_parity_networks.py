@@ -4,7 +4,7 @@
 import parity
 import pytest
 import torch
-from parity import agrees, agrees_in_some_rounding, fill, rnd
+from parity import agrees, agrees_in_some_rounding, fill, last_bits_moved, rnd
 
 from training.backbone import Backbone, StyleUNetSynthesis, SynthesisNetwork
 from training.config import DiscriminatorConfig, MappingConfig
@@ -81,23 +81,24 @@ def test_styleunet(part):
     info, a = parity.load(f'net_styleunet_{part}')
     g = fill(backbone(info['kwargs']), info['state'], info['seed']).eval()
     side = info['kwargs']['in_size']
-    x = rnd(f'unet/{part}/x', (2, 32, side, side), info['input_seed']).requires_grad_(True)
+    inputs = rnd(f'unet/{part}/x', (2, 32, side, side), info['input_seed'])
     ws = torch.from_numpy(a['ws']).requires_grad_(True)
     label = f'StyleUNet ({part})'
-    y = g.synthesis(x, ws, 'const')
+    y = g.synthesis(inputs, ws, 'const')
     agrees(label, y[:, :, 100:132, 90:122], a['y_crop'], 'network')
     agrees(label, y.mean(dim=[2, 3]), a['y_mean'], 'network')
     if 'y_s4' in a:  # Not in the subset of a bare clone.
         agrees(label, y[..., ::4, ::4], a['y_s4'], 'network')
-        agrees(label, g.synthesis(x, ws, 'none')[..., ::8, ::8], a['ynone_s8'], 'network')
-    for i, features in enumerate(g.synthesis.encode(x)):
+        agrees(label, g.synthesis(inputs, ws, 'none')[..., ::8, ::8], a['ynone_s8'], 'network')
+    for i, features in enumerate(g.synthesis.encode(inputs)):
         step = features.shape[-1] // a[f'enc{i}'].shape[-1]
         agrees(f'{label}, encoder', features[..., ::step, ::step], a[f'enc{i}'], 'network')
     g.train()
 
-    def check_gradients():
-        for tensor in (x, ws, *g.parameters()):
+    def check_gradients(seed):
+        for tensor in (ws, *g.parameters()):
             tensor.grad = None
+        x = last_bits_moved(inputs, seed).clone().requires_grad_(True)
         (g.synthesis(x, ws, 'const') * rnd(f'unet/{part}/dy', y.shape, info['input_seed'])).sum().backward()
         for name, dx in (('dx', x.grad), ('dx_s4', x.grad[..., ::4, ::4])):
             if name in a:
