@@ -20,6 +20,7 @@ SCRIPTS = [
     'dataset_preprocessing.ffhq.detect', 'dataset_preprocessing.ffhq.crop', 'dataset_preprocessing.ffhq.fit_cameras',
     'dataset_preprocessing.ffhq.labels', 'dataset_preprocessing.ffhq.fit_meshes',
     'dataset_preprocessing.ffhq.check_files', 'dataset_preprocessing.ffhq.fit_head',
+    'dataset_preprocessing.ffhq.find_gaze', 'dataset_preprocessing.ffhq.write_items',
     'dataset_preprocessing.ffhq.preprocess_in_the_wild',
     'dataset_preprocessing.ffhq.runme', 'dataset_preprocessing.ffhq.write_expressions',
     'dataset_preprocessing.rebalance',

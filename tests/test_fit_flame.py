@@ -200,7 +200,7 @@ def test_photographs_become_data_of_flame(wild, photos, flame, tmp_path):  # noq
     before = content(tmp_path)
     assert wild(photos, *flags).exit_code == 0 and content(tmp_path) == before
     result = wild(photos, f'--outdir={tmp_path}/out')
-    assert result.exit_code == 1 and 'expected a fit of this head model, found one of another' in result.output
+    assert result.exit_code == 1 and 'results of --head-model "embedded", found those of "flame"' in result.output
     assert content(tmp_path) == before
     result = wild(photos, *flags[:2], '--same-person', f'--outdir={tmp_path}/one')
     assert result.exit_code == 0, result.output

@@ -357,22 +357,6 @@ def test_all_faces_and_one_person(wild, photos, tmp_path):
         assert arrays['identity'].shape == (100,)
 
 
-def test_one_person_is_not_told_of_fits_of_several(wild, photos):
-    assert wild(photos).exit_code == 0
-    before = content(photos / 'processed')
-    result = wild(photos, '--same-person')
-    assert result.exit_code and 'expected the identity of the other fits' in result.output, result.output
-    assert content(photos / 'processed') == before
-
-
-def test_mended_pictures_are_read_again(wild, photos):
-    assert 'broken' in wild(photos).output
-    photograph(1).save(photos / 'broken.jpg', format='PNG')
-    result = wild(photos)
-    assert result.exit_code == 0 and '4 faces of 5 pictures, 0 faults' in result.output, result.output
-    assert 'broken' not in (photos / 'processed_work' / 'rejected.txt').read_text()
-
-
 @pytest.mark.parametrize('stage', ['faces_text', 'write_fit', 'save_png', 'write_tables'])
 def test_interrupted_runs_end_the_same(wild, photos, tmp_path, monkeypatch, stage):
     assert wild(photos, f'--outdir={tmp_path}/whole').exit_code == 0

@@ -45,6 +45,8 @@ def main(images, out, faces, confidence, model):
             if not found:
                 raise files.NoFaceError(f'{path}: no face found')
 
+        for name, reason in files.list_unread(pathlib.Path(images)).items():
+            click.echo(f'{name}: {reason}')
         files.run_step('faces', items, lambda name: [out / 'faces' / f'{name}.json'], work)
     except files.PreprocessError as error:
         raise click.ClickException(str(error)) from error

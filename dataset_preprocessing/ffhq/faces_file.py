@@ -12,6 +12,7 @@ from dataset_preprocessing.ffhq.landmarker import Face
 from dataset_preprocessing.ffhq.points import NUM_MESH_POINTS
 
 FORMAT = 'next3d-faces-1'
+Stamp = tuple[int, int]  # Bytes of the picture's file and when it changed, in nanoseconds: another picture has others.
 
 
 class FoundFace(NamedTuple):
@@ -23,7 +24,15 @@ class FoundFace(NamedTuple):
     expressions: dict[str, float]
 
 
-def faces_text(faces: list[Face], size: tuple[int, int]) -> str:
+class FacesFile(NamedTuple):
+    """Faces, largest first; reason: why there are none where the picture could not be read; stamp: of its file."""
+
+    faces: list[FoundFace]
+    reason: str | None
+    stamp: Stamp | None
+
+
+def faces_text(faces: list[Face], size: tuple[int, int], stamp: Stamp | None = None) -> str:
     """Return the JSON of a picture's faces, largest first; coordinates in thousandths of a pixel."""
     entries = [
         {
@@ -37,16 +46,16 @@ def faces_text(faces: list[Face], size: tuple[int, int]) -> str:
         }
         for face in faces
     ]
-    return json.dumps({'format': FORMAT, 'width': size[0], 'height': size[1], 'faces': entries})
+    return json.dumps({'format': FORMAT, 'width': size[0], 'height': size[1], 'stamp': stamp, 'faces': entries})
 
 
-def reason_text(reason: str) -> str:
+def reason_text(reason: str, stamp: Stamp | None = None) -> str:
     """Return the JSON of a picture that could not be read."""
-    return json.dumps({'format': FORMAT, 'reason': reason, 'faces': []})
+    return json.dumps({'format': FORMAT, 'reason': reason, 'stamp': stamp, 'faces': []})
 
 
-def read_faces(path: pathlib.Path) -> tuple[list[FoundFace], str | None]:
-    """Return the faces of a file, largest first, and why there are none where the picture could not be read."""
+def read_faces(path: pathlib.Path) -> FacesFile:
+    """Return what a file tells; PreprocessError for another file. Files without stamps are read, too."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         if content['format'] != FORMAT:
@@ -58,7 +67,8 @@ def read_faces(path: pathlib.Path) -> tuple[list[FoundFace], str | None]:
                 raise ValueError(f'points {points.shape}')
             size = int(content['width']), int(content['height'])
             faces.append(FoundFace(size, points, five, {k: float(v) for k, v in entry['expressions'].items()}))
-        return faces, content.get('reason')
+        stamp = content.get('stamp')
+        return FacesFile(faces, content.get('reason'), None if stamp is None else (int(stamp[0]), int(stamp[1])))
     except FileNotFoundError:
         raise PreprocessError(f'{path}: expected faces, found no file') from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:

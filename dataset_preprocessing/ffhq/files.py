@@ -20,7 +20,9 @@ from dnnlib import atomic_path
 from dnnlib.util import clear_leftovers
 
 WRITTEN = '.written'  # Marks a folder of results.
-PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.avif')
+# Pictures too, of formats that Pillow does not read: told, not passed over in silence.
+UNREAD_ENDINGS = ('.heic', '.heif', '.jxl', '.dng', '.raw', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.psd')
 MIRROR = '_mirror'  # Ends the name of a mirror image.
 FAULTS_SHOWN = 20
 DONE, FAULT, FACELESS = 'done', 'fault', 'faceless'  # How the work of an item ends.
@@ -44,13 +46,8 @@ def list_files(folder: pathlib.Path, endings: Iterable[str]) -> dict[str, pathli
     """
     if not folder.is_dir():
         raise PreprocessError(f'{folder}: expected a folder, found {"a file" if folder.exists() else "nothing"}')
-    found, written = {}, {path.parent for path in folder.rglob(WRITTEN)} - {folder}
-    for path in sorted(folder.rglob('*')):
-        if written and not written.isdisjoint(path.parents):
-            continue
-        is_hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
-        if is_hidden or path.suffix.lower() not in endings or not path.is_file():
-            continue
+    found = {}
+    for path in _visible(folder, endings):
         name = path.relative_to(folder).with_suffix('').as_posix()
         if name in found:
             raise PreprocessError(f'{folder}: expected one file of a name, found {found[name].name} and {path.name}')
@@ -58,6 +55,25 @@ def list_files(folder: pathlib.Path, endings: Iterable[str]) -> dict[str, pathli
     if not found:
         raise PreprocessError(f'{folder}: expected files *{", *".join(endings)}, found none')
     return found
+
+
+def _visible(folder, endings):
+    """Yield the files below a folder, sorted, but for hidden ones and for results."""
+    written = {path.parent for path in folder.rglob(WRITTEN)} - {folder}
+    for path in sorted(folder.rglob('*')):
+        if written and not written.isdisjoint(path.parents):
+            continue
+        is_hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
+        if not is_hidden and path.suffix.lower() in endings and path.is_file():
+            yield path
+
+
+def list_unread(folder: pathlib.Path) -> dict[str, str]:
+    """Return the pictures below a folder whose formats are not read, by relative path, and why."""
+    return {
+        path.relative_to(folder).as_posix(): f'expected {", ".join(PICTURE_ENDINGS)}, found {path.suffix}: convert it'
+        for path in _visible(folder, UNREAD_ENDINGS)
+    }
 
 
 def mark_written(folder: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a
 import cli  # noqa: E402  (needs the path above)
 from dataset_preprocessing.ffhq import files  # noqa: E402
 from dataset_preprocessing.ffhq.faces_file import read_faces  # noqa: E402
-from dataset_preprocessing.ffhq.fitting import crops_of, fit_all  # noqa: E402
+from dataset_preprocessing.ffhq.fitting import crops_inside, fit_all  # noqa: E402
 from dataset_preprocessing.ffhq.head_choice import head_model_options, load_fitter  # noqa: E402
 from dataset_preprocessing.ffhq.points import reference_points  # noqa: E402
 
@@ -40,17 +40,19 @@ def main(faces, out, same_person, fps, reference, head_model, flame_path, device
     try:
         fitter = load_fitter(device, head_model, flame_path)
         found = files.list_files(pathlib.Path(faces), ('.json',))
-        read = {name: read_faces(path)[0] for name, path in found.items()}
-        kept = {name: entries[0] for name, entries in read.items() if entries}
-        if kept:
-            crops = dict(zip(kept, crops_of(list(kept.values()), reference_points(reference), fps), strict=True))
-            with tqdm(total=len(kept), desc='fits', delay=2) as bar:
-                fit_all(fitter, kept, crops, out, fps, same_person, bar.update)
-        errors = [float(fitter.read(out / f'{name}.npz').error) for name in kept]
+        read = {name: read_faces(path).faces for name, path in found.items()}
+        faces = {name: entries[0] for name, entries in read.items() if entries}
+        crops, outside = crops_inside(faces, reference_points(reference), fps) if faces else ({}, {})
+        with tqdm(total=len(crops), desc='fits', delay=2) as bar:
+            kept = {name: faces[name] for name in crops}
+            fits = fit_all(fitter, kept, crops, out, fps, same_person, bar.update) if kept else {}
+        errors = [float(fit.error) for fit in fits.values()]
     except files.PreprocessError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f'fits: {len(kept)} faces, {len(read) - len(kept)} pictures without a face')
-    if kept:
+    for name, reason in outside.items():
+        click.echo(f'{name}: {reason}')
+    click.echo(f'fits: {len(fits)} faces, {len(read) - len(faces)} pictures without a face')
+    if fits:
         click.echo(f'error: median {100 * np.median(errors):.2f} %, largest {100 * max(errors):.2f} % of the eyes\' '
                    'distance')  # fmt: skip
 

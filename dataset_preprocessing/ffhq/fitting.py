@@ -28,6 +28,7 @@ BATCH = 16  # Items solved together, always the same ones: rounding depends on t
 MAX_IDENTITY_ITEMS = 48  # Of one person's pictures, spread over all, tell the identity.
 CROP_SECONDS = 0.5  # Standard deviation, in time, of the smoothing of a video's crops.
 DECIMALS = 6  # Of what is kept.
+SAME_IDENTITY = 1e-3  # Largest difference of codes, whose standard deviation is 1, that rounding may make.
 HEAD_MODELS = ('embedded', 'flame')
 
 
@@ -58,6 +59,21 @@ def crops_of(faces: list[FoundFace], reference: np.ndarray, fps: float | None = 
         values = gaussian_filter1d(values, CROP_SECONDS * fps, axis=0, mode='nearest')
         placements = [Placement(math.exp(scale), x, y_up) for scale, x, y_up in values]
     return [alignment.crop_of(place, face.size) for place, face in zip(placements, faces, strict=True)]
+
+
+def crops_inside(
+    faces: dict[str, FoundFace], reference: np.ndarray, fps: float | None = None
+) -> tuple[dict[str, Crop], dict[str, str]]:
+    """Return the crop of each face, as `crops_of` does, and reasons of those that have none."""
+    if fps is not None:
+        return dict(zip(faces, crops_of(list(faces.values()), reference, fps), strict=True)), {}
+    crops, outside = {}, {}
+    for name, face in faces.items():
+        try:
+            crops[name] = crops_of([face], reference)[0]
+        except PreprocessError as error:
+            outside[name] = str(error)
+    return crops, outside
 
 
 def points_of(face: FoundFace, crop: Crop) -> np.ndarray:
@@ -152,28 +168,41 @@ def fit_all(
     fps: float | None = None,
     is_same_person: bool = False,
     on_items: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Write folder/<name>.npz for each face that lacks it. fps: of a sequence, which is one person's and smooth."""
+    forget: Callable[[str], None] = lambda name: None,
+) -> dict[str, HeadFit]:
+    """Write folder/<name>.npz for each face that lacks it; return all. fps: of a sequence, one person's and smooth.
+
+    Where one person's pictures became others, so did the identity: all are fitted again. forget: called with the name
+    of each fit before it is written.
+    """
     names = list(faces)
-    if all((folder / f'{name}.npz').exists() for name in names):
+    fits = {name: fitter.read(folder / f'{name}.npz') for name in names if (folder / f'{name}.npz').exists()}
+    is_one_person = is_same_person or fps is not None
+    is_complete = len(fits) == len(names)
+    if is_complete and is_one_person:
+        is_complete = len(_of_identity(fits, fits[names[0]].identity)) == len(names)
+    if is_complete:
         on_items(len(names))
-        return
-    for name in names:
-        if (folder / f'{name}.npz').exists():
-            fitter.read(folder / f'{name}.npz')
-            break
+        return fits
     points = np.array([points_of(faces[name], crops[name]) for name in names])
     scores = np.array([fitter.model.expected(faces[name]) for name in names])
-    identity = fitter.shared_identity(points, scores) if is_same_person or fps is not None else None
+    identity = fitter.shared_identity(points, scores) if is_one_person else None
+    kept = fits if identity is None else _of_identity(fits, identity)
     size = len(names) if fps is not None else BATCH
     for start in range(0, len(names), size):
         part = slice(start, start + size)
-        paths = [folder / f'{name}.npz' for name in names[part]]
-        if not all(path.exists() for path in paths):
+        if not all(name in kept for name in names[part]):
             found = fitter.batch(points[part], scores[part], identity, is_sequence=fps is not None)
-            for path, fit in zip(paths, found, strict=True):
-                write_fit(fit, path)
-        on_items(len(paths))
+            for name, fit in zip(names[part], found, strict=True):
+                forget(name)
+                write_fit(fit, folder / f'{name}.npz')
+                fits[name] = fit
+        on_items(len(names[part]))
+    return {name: fits[name] for name in names}
+
+
+def _of_identity(fits, identity):
+    return {name: fit for name, fit in fits.items() if np.abs(fit.identity - identity).max() <= SAME_IDENTITY}
 
 
 def write_fit(fit: HeadFit, path: pathlib.Path) -> None:

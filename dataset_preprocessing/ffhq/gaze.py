@@ -11,6 +11,14 @@ IRIS_RADIUS = 0.0115  # Metres from an eye's centre to its iris: an adult's eye 
 LARGEST_SINE = 0.8  # Of an iris that is seen beyond: 53 degrees, the end of what eyes do.
 
 
+def angles_of_gaze_file(gaze: np.ndarray) -> np.ndarray:
+    """Return the angles [..., 4] of gaze files, or back: there, down and the picture's left are positive.
+
+    gaze: [..., 4] as `HeadFit` has it, up and the picture's right positive; the order is the same.
+    """
+    return -np.asarray(gaze)
+
+
 def rotation_to(direction: np.ndarray) -> np.ndarray:
     """Return the axis-angle vector [..., 3] without a z part that turns (0, 0, 1) to a direction [..., 3]."""
     x, y, z = np.moveaxis(direction / np.linalg.norm(direction, axis=-1, keepdims=True), -1, 0)

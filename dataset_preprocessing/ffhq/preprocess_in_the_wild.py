@@ -4,6 +4,7 @@
 import contextlib
 import pathlib
 import sys
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -12,22 +13,41 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a script from any folder.
 
 import cli  # noqa: E402  (needs the path above)
-from dataset_preprocessing.ffhq import files, fitting, sources, wild_output  # noqa: E402
+from dataset_preprocessing.ffhq import files, fitting, reruns, sources, wild_output  # noqa: E402
 from dataset_preprocessing.ffhq.faces_file import faces_text, read_faces, reason_text  # noqa: E402
 from dataset_preprocessing.ffhq.files import PreprocessError  # noqa: E402
 from dataset_preprocessing.ffhq.head_choice import head_model_options, load_fitter  # noqa: E402
-from dataset_preprocessing.ffhq.landmarker import CONFIDENCE, Landmarker  # noqa: E402
+from dataset_preprocessing.ffhq.landmarker import CONFIDENCE, Landmarker, model_path  # noqa: E402
 from dataset_preprocessing.ffhq.points import reference_points  # noqa: E402
 from training import data_checks  # noqa: E402
+from training.video import VideoError  # noqa: E402
 
 REJECTED_FILE = 'rejected.txt'
 SHOWN = 20
-SAME_IDENTITY = 1e-3  # Largest difference of codes, whose standard deviation is 1, that rounding may make.
+
+
+class Outcome(NamedTuple):
+    """What came of a source: lines to tell, a last one that sums up, and the number of faults."""
+
+    told: list[str]
+    summary: str
+    num_faults: int
+
+
+class Task(NamedTuple):
+    """What to do with a source: how its lines begin, where results and work lie, and the choices of the run."""
+
+    title: str
+    out: pathlib.Path
+    work: pathlib.Path
+    all_faces: bool
+    same_person: bool
+    overlays: bool
 
 
 @click.command(cls=cli.Command)
 @cli.option('indir', metavar='PATH', type=cli.PathText(), required=True,
-            help='Folder of photographs, a video, or a folder of videos.')
+            help='Folder of photographs, a photograph, a video, or a folder of videos.')
 @cli.option('outdir', metavar='DIR', type=cli.PathText(), help='Where to write. Default: INDIR/processed.')
 @cli.flag('all_faces', help='Not only the largest face: the others become NAME-1 and so on. Photographs only.')
 @cli.flag('same_person', help='All photographs show one person: one identity. Videos always do.')
@@ -43,8 +63,9 @@ def main(indir, outdir, all_faces, same_person, overlays, confidence, model, hea
     """Write NAME.png (512 pixels), NAME.obj, NAME_kpt2d.txt, dataset.json and coefficients.npz.
 
     Each video of a folder gets a folder of its own. OUTDIR_work keeps faces, fits, overlays and rejected.txt; with it,
-    an interrupted run goes on where it was. Drive with --drive_root=OUTDIR; train with --data=OUTDIR --rdata=OUTDIR
-    --topology-path=data/head/head_template.obj (of FLAME: your head_template.obj).
+    an interrupted run goes on where it was, and a later one does what is new or changed. The exit status is 1 where a
+    video could not be read, or the check of what was written found faults. Drive with --drive_root=OUTDIR; train with
+    --data=OUTDIR --rdata=OUTDIR --topology-path=data/head/head_template.obj (of FLAME: your head_template.obj).
     """
     source = pathlib.Path(indir).expanduser()
     if outdir is None:
@@ -56,105 +77,105 @@ def main(indir, outdir, all_faces, same_person, overlays, confidence, model, hea
     work = out.with_name(f'{out.name}_work')
     try:
         found = sources.find_sources(source)
-        if all_faces and any(item.fps is not None for item in found.values()):
+        if all_faces and any(isinstance(item, sources.Video) for item in found.values()):
             raise click.UsageError('--all-faces: expected with photographs only, found a video.')
         fitter = load_fitter(device, head_model, flame_path)
         find = click.get_current_context().with_resource(contextlib.closing(Landmarker(model, confidence)))
+        choices = {
+            '--all-faces': all_faces, '--same-person': same_person, '--confidence': confidence,
+            '--model': reruns.digest(model_path(model).read_bytes()), '--head-model': head_model,
+            'head': reruns.digest(fitter.head.template if head_model == 'flame' else fitter.head.mean),
+        }  # fmt: skip
+        reruns.keep_choices(choices, work)
         for folder in (out, work):
             files.mark_written(folder)
-        lines = []
+        outcomes = []
         for name, item in found.items():
-            lines += _process(item, name, out / name, work / name, find, fitter, all_faces, same_person, overlays)
+            title = f'{name}: ' if name else ''
+            task = Task(title, out / name, work / name, all_faces, same_person, overlays)
+            outcomes.append(_process(item, task, fitter, find, is_only=len(found) == 1))
     except PreprocessError as error:
         raise click.ClickException(str(error)) from error
-    _tell(lines)
+    _tell(outcomes)
 
 
-def _process(source, title, out, work, find, fitter, all_faces, same_person, overlays):
-    """Take one source through all steps; return what is to be told."""
-    title = f'{title}: ' if title else ''
-    count = _detect(source, work / 'faces', find, title)
-    faces, origins, rejected = _choose(work / 'faces', all_faces)
+def _process(source, task, fitter, find, is_only):
+    """Take one source through all steps; one of several that fails is told, and does not end the others."""
+    try:
+        return _steps(source, task, fitter, find)
+    except (PreprocessError, VideoError) as error:
+        if is_only:
+            raise
+        return Outcome([], f'{task.title}failed: {error}', 1)
+
+
+def _steps(source, task, fitter, find):
+    title, out, work = task.title, task.out, task.work
+    writer = wild_output.ItemWriter(fitter, out, work / 'overlays' if task.overlays else None)
+
+    def forget(name):
+        writer.forget(name)
+        (work / 'fits' / f'{name}.npz').unlink(missing_ok=True)
+
+    count, told = _detect(source, work / 'faces', find, forget, title)
+    faces, origins, rejected = _choose(work / 'faces', task.all_faces)
+    rejected |= source.unread
     files.write_text(''.join(f'{name}: {reason}\n' for name, reason in rejected.items()), work / REJECTED_FILE)
-    told = [f'{title}{name}: {reason}' for name, reason in rejected.items()]
-    if not faces:
-        return [*told, f'{title}0 of {count} pictures used: no face found']
-    crops, outside = _crops(faces, source.fps)
+    told += [f'{title}{name}: {reason}' for name, reason in rejected.items()]
+    crops, outside = fitting.crops_inside(faces, reference_points(None), source.fps) if faces else ({}, {})
     told += [f'{title}{name}: {reason}' for name, reason in outside.items()]
+    if not crops:
+        return Outcome(told, f'{title}0 of {count} pictures used: no face found', 0)
     faces = {name: faces[name] for name in crops}
     with tqdm(total=len(faces), desc=f'{title}fits', delay=2) as bar:
-        fitting.fit_all(fitter, faces, crops, work / 'fits', source.fps, same_person, bar.update)
-    fits = {name: fitter.read(work / 'fits' / f'{name}.npz') for name in faces}
-    is_one_person = same_person or source.fps is not None
-    if is_one_person:
-        _check_identity(fits, work / 'fits')
-    writer = wild_output.ItemWriter(fitter, out, work / 'overlays' if overlays else None)
+        fits = fitting.fit_all(
+            fitter, faces, crops, work / 'fits', source.fps, task.same_person, bar.update, writer.forget
+        )  # fmt: skip
     _write(source, writer, origins, crops, fits, title)
-    wild_output.write_tables(out, fits, fitter, source.fps, is_one_person)
+    wild_output.write_tables(out, fits, fitter, source.fps, task.same_person or source.fps is not None)
     faults = data_checks.check_driving(out, fitter.num_vertices)
     errors = 100 * np.array([fit.error for fit in fits.values()])
-    return [
-        *told, *map(str, faults),
-        f"{title}{len(fits)} faces of {count} pictures, {len(faults)} faults; error median {np.median(errors):.2f} %, "
-        f"largest {errors.max():.2f} % of the eyes' distance: {out}",
-    ]  # fmt: skip
+    summary = (f"{title}{len(fits)} faces of {count} pictures, {len(faults)} faults; error median "
+               f"{np.median(errors):.2f} %, largest {errors.max():.2f} % of the eyes' distance: {out}")  # fmt: skip
+    return Outcome([*told, *(f'{title}{fault}' for fault in faults)], summary, len(faults))
 
 
-def _detect(source, folder, find, title):
-    """Write the faces of each picture that lacks them or could not be read; return the number of pictures."""
-    count = 0
+def _detect(source, folder, find, forget, title):
+    """Write the faces of each picture that lacks them; return the number of pictures, and what is to be told."""
+    seen = set()
 
     def is_wanted(name):
-        nonlocal count
-        count += 1
-        path = folder / f'{name}.json'
-        return not path.exists() or read_faces(path)[1] is not None  # What could not be read may have been mended.
+        seen.add(name)
+        return not reruns.is_current(folder / f'{name}.json', source, forget)
 
     bar = tqdm(source.pictures(is_wanted), f'{title}faces', total=len(source) or None, delay=2)
     for name, picture in bar:
-        text = reason_text(str(picture)) if isinstance(picture, Exception) else faces_text(find(picture), picture.size)
+        if isinstance(picture, Exception):
+            text = reason_text(str(picture), source.stamp(name))
+        else:
+            text = faces_text(find(picture), picture.size, source.stamp(name))
         files.write_text(text, folder / f'{name}.json')
-    return count
+    if isinstance(source, sources.Video):
+        reruns.drop_frames(folder, source, seen, forget)
+        return len(seen), []
+    gone = sorted({path.stem for path in folder.glob('*.json')} - seen)
+    count = len(seen) + len(source.unread)
+    return count, [f'{title}{len(gone)} pictures are gone, their results stay: {", ".join(gone[:3])}'] if gone else []
 
 
 def _choose(folder, all_faces):
     """Return the faces by item, the picture that each is of, and reasons of the pictures that give none."""
     faces, origins, rejected = {}, {}, {}
     for name, path in files.list_files(folder, ('.json',)).items():
-        found, reason = read_faces(path)
-        for number, face in enumerate(found if all_faces else found[:1]):
-            item = f'{name}-{number}' if number else name
+        found, reason, _ = read_faces(path)
+        chosen = found if all_faces else found[:1]
+        for item, face in zip(reruns.item_names(name, len(chosen)), chosen, strict=True):
             if item in faces:
                 raise PreprocessError(f'{item}: expected names of their own, found two faces of this name')
             faces[item], origins[item] = face, name
         if not found:
             rejected[name] = reason or 'no face found'
     return faces, origins, rejected
-
-
-def _crops(faces, fps):
-    """Return the crop of each face, and reasons of those that have none."""
-    reference = reference_points(None)
-    if fps is not None:
-        return dict(zip(faces, fitting.crops_of(list(faces.values()), reference, fps), strict=True)), {}
-    crops, outside = {}, {}
-    for name, face in faces.items():
-        try:
-            crops[name] = fitting.crops_of([face], reference)[0]
-        except PreprocessError as error:
-            outside[name] = str(error)
-    return crops, outside
-
-
-def _check_identity(fits, folder):
-    """Raise PreprocessError unless all fits have one identity: they may be of a run of other options or pictures."""
-    first = next(iter(fits.values())).identity
-    for name, fit in fits.items():
-        if np.abs(fit.identity - first).max() > SAME_IDENTITY:
-            raise PreprocessError(
-                f'{folder / name}.npz: expected the identity of the other fits, found another, of a run without '
-                '--same-person or of fewer pictures: write elsewhere'
-            )
 
 
 def _write(source, writer, origins, crops, fits, title):
@@ -170,12 +191,18 @@ def _write(source, writer, origins, crops, fits, title):
             writer(name, picture, crops[name], fits[name])
 
 
-def _tell(lines):
-    for line in lines[:-1][:SHOWN]:
+def _tell(outcomes):
+    """Print lines and sums; raise where there were faults."""
+    lines = [line for outcome in outcomes for line in outcome.told]
+    for line in lines[:SHOWN]:
         click.echo(line)
-    if len(lines) - 1 > SHOWN:
-        click.echo(f'... and {len(lines) - 1 - SHOWN} more lines')
-    click.echo(lines[-1])
+    if len(lines) > SHOWN:
+        click.echo(f'... and {len(lines) - SHOWN} more lines')
+    for outcome in outcomes:
+        click.echo(outcome.summary)
+    num_faults = sum(outcome.num_faults for outcome in outcomes)
+    if num_faults:
+        raise click.ClickException(f'{num_faults} faults; dataset_preprocessing/check_data.py --driving lists them')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where pictures come from: a folder of photographs, or the frames of a video file."""
+"""Where pictures come from: photographs, or the frames of a video file."""
 
+import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
 from PIL import Image
 
 from dataset_preprocessing.ffhq import files
+from dataset_preprocessing.ffhq.faces_file import Stamp
 from dataset_preprocessing.ffhq.files import PreprocessError
 from training.video import probe, read_video
 
@@ -14,21 +17,41 @@ VIDEO_ENDINGS = ('.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v')
 BETWEEN = '-'  # Joins folders and name: what is written lies in one folder.
 
 
+def _stamp(path):
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
 class Photos:
-    """Photographs of a folder at any depth, named by where they lie below it. fps: None, they are no sequence."""
+    """Photographs by name. fps: None, for no sequence. unread: reasons of pictures of formats that are not read."""
 
     fps = None
 
-    def __init__(self, folder: pathlib.Path):
-        self.paths = {}
-        for name, path in files.list_pictures(folder).items():
+    def __init__(self, paths: dict[str, pathlib.Path], unread: dict[str, str]):
+        self.paths, self.unread = paths, unread
+
+    @classmethod
+    def below(cls, folder: pathlib.Path) -> 'Photos':
+        """Return those of a folder at any depth, named by where they lie below it."""
+        unread, paths = files.list_unread(folder), {}
+        try:
+            found = files.list_pictures(folder)
+        except PreprocessError as error:
+            told = ''.join(f'; {name}: {reason}' for name, reason in list(unread.items())[:1])
+            raise PreprocessError(f'{error}{told}') from error
+        for name, path in found.items():
             flat = name.replace('/', BETWEEN)
-            if flat in self.paths:
-                raise PreprocessError(f'{path}: expected a name of its own, found that of {self.paths[flat]}')
-            self.paths[flat] = path
+            if flat in paths:
+                raise PreprocessError(f'{path}: expected a name of its own, found that of {paths[flat]}')
+            paths[flat] = path
+        return cls(paths, unread)
 
     def __len__(self):
         return len(self.paths)
+
+    def stamp(self, name: str) -> Stamp:
+        """Return what changes when a picture does."""
+        return _stamp(self.paths[name])
 
     def pictures(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Image.Image | PreprocessError]]:
         """Yield name and picture, upright RGB, of those wanted; where one cannot be read, the error instead."""
@@ -41,13 +64,24 @@ class Photos:
 
 
 class Video:
-    """Frames of a video file, named 00000 and so on. fps: its own."""
+    """Frames of a video file, named 00000 and so on."""
+
+    unread = {}
 
     def __init__(self, path: pathlib.Path):
-        self.path, self.fps = path, probe(path).fps
+        self.path = path
+
+    @functools.cached_property
+    def fps(self) -> float:
+        """Frames a second; VideoError for a file that is no video."""
+        return probe(self.path).fps
 
     def __len__(self):
         return 0  # Not known before all are read.
+
+    def stamp(self, _name: str) -> Stamp:
+        """Return what changes when the video does."""
+        return _stamp(self.path)
 
     def pictures(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Image.Image]]:
         """Yield name and picture of the frames wanted."""
@@ -59,15 +93,19 @@ class Video:
 def find_sources(indir: pathlib.Path) -> dict[str, Photos | Video]:
     """Return what to work on by the name of its output folder; '' stands for the output folder itself.
 
-    A video file, a folder of photographs, or a folder of videos; PreprocessError for anything else, or for both kinds.
+    A photograph, a video file, a folder of photographs, or a folder of videos; PreprocessError for anything else, or
+    for both kinds, VideoError for a file that is neither.
     """
     if indir.is_file():
+        if indir.suffix.lower() in files.PICTURE_ENDINGS:
+            return {'': Photos({indir.stem: indir}, {})}
+        probe(indir)  # Told before anything is written.
         return {'': Video(indir)}
     if not indir.is_dir():
         raise PreprocessError(f'{indir}: expected a folder of photographs or videos, or a video, found nothing')
     videos = sorted(path for path in indir.iterdir() if path.suffix.lower() in VIDEO_ENDINGS and path.is_file())
     if not videos:
-        return {'': Photos(indir)}
+        return {'': Photos.below(indir)}
     pictures = [path for path in indir.iterdir() if path.suffix.lower() in files.PICTURE_ENDINGS]
     if pictures:
         raise PreprocessError(f'{indir}: expected photographs or videos, found both: {pictures[0].name}')

@@ -28,17 +28,28 @@ class ItemWriter:
 
     def has(self, name: str) -> bool:
         """Tell whether an item is complete."""
-        return (self.out / f'{name}.png').exists() and (
-            self.overlays is None or (self.overlays / f'{name}.jpg').exists()
-        )
+        return all(path.exists() for path in self.last_files(name))
+
+    def last_files(self, name: str) -> list[pathlib.Path]:
+        """Return the files of an item that are there when all are."""
+        overlay = [] if self.overlays is None else [self.overlays / f'{name}.jpg']
+        return [self.out / f'{name}.png', *overlay]
+
+    def forget(self, name: str) -> None:
+        """Remove what there is of an item, its picture first."""
+        for path in (self.out / f'{name}.png', self.out / f'{name}.obj', self.out / f'{name}_kpt2d.txt'):
+            path.unlink(missing_ok=True)
+        if self.overlays is not None:
+            (self.overlays / f'{name}.jpg').unlink(missing_ok=True)
 
     def __call__(self, name: str, photograph: Image.Image, crop: Crop, fit: HeadFit) -> None:
         """Write an item of an upright RGB photograph."""
         vertices, landmarks = self.fitter.mesh(fit)
         picture = alignment.training_picture(photograph, crop)
         if self.overlays is not None:
-            self.overlays.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.overlays / f'{name}.jpg') as temporary:
+            path = self.overlays / f'{name}.jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
                 drawn = draw_overlay(picture, vertices, self.drawn, fit.label, fit.points)
                 drawn.save(temporary, format='JPEG', quality=OVERLAY_QUALITY)
         files.write_text((obj_vertices(vertices) + self.surface).decode('ascii'), self.out / f'{name}.obj')
