@@ -53,7 +53,9 @@ def see(people, anatomy, find, fps=None):
     for person in tqdm(people, 'pictures'):
         found = find(Image.fromarray(picture(anatomy, person, SIDE).image))
         if found:
-            face = FoundFace((SIDE, SIDE), found[0].points[:, :2], found[0].five, found[0].expressions)
+            face = FoundFace(
+                (SIDE, SIDE), found[0].points[:, :2], found[0].five, found[0].expressions, found[0].turn
+            )  # fmt: skip
             rows.append((face, person.identity, anatomy.coefficients(person.expression), person.label))
     faces, *truth = zip(*rows, strict=True)
     crops = fitting.crops_of(list(faces), reference_points(None), fps)
@@ -98,10 +100,18 @@ def in_crops(seen, places):
     return np.stack([alignment.points_in_training_picture(points, size, crop) for points, crop in pairs])
 
 
-def fit_batches(fitter, points, scores):
+def fit_batches(fitter, points, scores, turns=None):
     """Return fits of items by themselves."""
     parts = [slice(start, start + fitting.BATCH) for start in range(0, len(points), fitting.BATCH)]
-    return [fit for part in parts for fit in fitter.batch(points[part], scores[part])]
+    turns = turns or [None] * len(points)
+    return [fit for part in parts for fit in fitter.batch(points[part], scores[part], turns=turns[part])]
+
+
+def turned_labels(seen, turns, points):
+    """Return labels [N, 25] of cameras as the network of turns tells them, without a fit."""
+    poses = np.tile(np.eye(4), [len(points), 1, 1])
+    poses[:, :3, :3] = fitting.cameras_of_turns(turns, points)[0].transpose(0, 2, 1)
+    return np.concatenate([poses.reshape(-1, 16), seen.label[:, 16:]], axis=1)
 
 
 def known_shape_labels(fitter, seen, points):
@@ -130,8 +140,9 @@ def measure_people(fitter, seen):
     names = list(fitter.head.expression_names)
     points = in_crops(seen, [face.points for face in seen.faces])
     scores = np.stack([fitter.model.expected(face) for face in seen.faces])
+    turns = [face.turn for face in seen.faces]
     start = time.perf_counter()
-    fits = fit_batches(fitter, points, scores)
+    fits = fit_batches(fitter, points, scores, turns)
     seconds = time.perf_counter() - start
     labels, errors = np.stack([fit.label for fit in fits]), 100 * np.array([fit.error for fit in fits])
     print(f'| {len(fits)} drawn people: error | median {np.median(errors):.1f} %, largest {errors.max():.1f} % |')
@@ -139,6 +150,9 @@ def measure_people(fitter, seen):
     print(f'| camera, against the label as drawn | {camera_row(labels, seen.label)} |')
     found = np.stack([fit.expression for fit in fits])
     print(f'| correlation with the truth (slope) | {expression_row(found, seen.expression, names)} |')
+    print(f'| turns alone | {camera_row(turned_labels(seen, turns, points), seen.turned)} |')
+    labels = np.stack([fit.label for fit in fit_batches(fitter, points, scores)])
+    print(f'| without turns: camera | {camera_row(labels, seen.turned)} |')
     labels = known_shape_labels(fitter, seen, points)
     print(f'| true shape and expression given: camera | {camera_row(labels, seen.turned)} |')
     exact = exact_points(fitter, seen, np.random.default_rng(0))
@@ -153,7 +167,9 @@ def measure_clip(fitter, seen):
     """Print the rows of a clip."""
     points = in_crops(seen, [face.points for face in seen.faces])
     scores = np.stack([fitter.model.expected(face) for face in seen.faces])
-    fits = fitter.batch(points, scores, fitter.shared_identity(points, scores), is_sequence=True)
+    turns = [face.turn for face in seen.faces]
+    identity = fitter.shared_identity(points, scores, turns)
+    fits = fitter.batch(points, scores, identity, turns, is_sequence=True)
     labels, errors = np.stack([fit.label for fit in fits]), 100 * np.array([fit.error for fit in fits])
     print(f'| a clip of {len(fits)} frames: error | median {np.median(errors):.1f} %, largest {errors.max():.1f} % |')
     print(f'| camera | {camera_row(labels, seen.turned)} |')
@@ -170,7 +186,7 @@ def main():
     parser.add_argument('--clips', type=int, default=3)
     parser.add_argument('--seed', type=int, default=31)
     options = parser.parse_args()
-    anatomy, find, fitter = load_anatomy(), Landmarker(), fitting.HeadFitter()
+    anatomy, find, fitter = load_anatomy(), Landmarker(with_turns=True), fitting.HeadFitter()
     print('| | |\n|---|---|')
     measure_people(fitter, see([random_person(anatomy, options.seed, i) for i in range(options.people)], anatomy, find))
     for clip in range(options.clips):

@@ -52,7 +52,7 @@ class Estimator(Protocol):
         """Return the estimate of pictures [N, 3, R, R] uint8; camera and mesh only tell where the face is."""
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Two 3x3 convolutions beside a 1x1 one; halves the side."""
 
     def __init__(self, inputs, outputs):
@@ -81,7 +81,7 @@ class Regressor(nn.Module):
     def __init__(self, num_expression: int):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 3, 2, 1, bias=False), nn.BatchNorm2d(WIDTHS[0]), nn.ReLU())
-        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in zip(WIDTHS, WIDTHS[1:])))
+        self.blocks = nn.Sequential(*(Block(a, b) for a, b in zip(WIDTHS, WIDTHS[1:])))
         self.squeeze = nn.Conv2d(WIDTHS[-1], SQUEEZED, 1)
         size = SQUEEZED * (SIDE >> len(WIDTHS)) ** 2
         self.moment = nn.Sequential(nn.Linear(size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, num_expression + 3))

@@ -2,6 +2,7 @@
 """Heads fitted to points whose truth is known, and photographs turned into data; MediaPipe only where it is said."""
 
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -260,7 +261,8 @@ class DrawnFaces:
 @pytest.fixture
 def wild(fitter, people, monkeypatch):
     """Return a function that runs the command with drawn faces for the detector."""
-    monkeypatch.setattr(preprocess_in_the_wild, 'Landmarker', lambda model, confidence: DrawnFaces(fitter, people))
+    monkeypatch.setattr(preprocess_in_the_wild, 'Landmarker', lambda *_, **__: DrawnFaces(fitter, people))
+    monkeypatch.setattr(preprocess_in_the_wild, 'model_path', lambda path: pathlib.Path(path or __file__))
 
     def run(indir, *flags):
         return CliRunner().invoke(preprocess_in_the_wild.main, [f'--indir={indir}', '--device=cpu', *flags])
@@ -388,7 +390,7 @@ def test_a_video_becomes_a_clip(wild, people, tmp_path, monkeypatch, fitter):
                 add(np.asarray(photograph(0)))
     faces = DrawnFaces(fitter, people)
     faces.__class__ = type('Same', (DrawnFaces,), {'__call__': lambda self, image: [self.face(0, 0)]})
-    monkeypatch.setattr(preprocess_in_the_wild, 'Landmarker', lambda model, confidence: faces)
+    monkeypatch.setattr(preprocess_in_the_wild, 'Landmarker', lambda *_, **__: faces)
     result = wild(folder, f'--outdir={tmp_path}/out')
     assert result.exit_code == 0 and result.output.count('4 faces of 4 pictures') == 2, result.output
     clip = open_clip(tmp_path / 'out' / 'b', with_coefficients=True)

@@ -32,7 +32,8 @@ def main(images, out, faces, confidence, model):
     out = pathlib.Path(out)
     try:
         items = files.list_pictures(pathlib.Path(images))
-        find = click.get_current_context().with_resource(contextlib.closing(Landmarker(model, confidence)))
+        landmarker = Landmarker(model, confidence, with_turns=True)
+        find = click.get_current_context().with_resource(contextlib.closing(landmarker))
 
         def work(name, path):
             image = files.read_picture(path)

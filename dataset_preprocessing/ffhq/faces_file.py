@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.head_turn import Turn
 from dataset_preprocessing.ffhq.landmarker import Face
 from dataset_preprocessing.ffhq.points import NUM_MESH_POINTS
 
@@ -16,12 +17,14 @@ Stamp = tuple[int, int]  # Bytes of the picture's file and when it changed, in n
 
 
 class FoundFace(NamedTuple):
-    """A face in a picture of size (width, height). points [478, 2] and five [5, 2]: pixels, centres whole."""
+    """A face in a picture of size (width, height). points [478, 2] and five [5, 2]: pixels, centres whole. turn: how
+    the head is turned, None where it was not looked at."""
 
     size: tuple[int, int]
     points: np.ndarray
     five: np.ndarray
     expressions: dict[str, float]
+    turn: Turn | None = None
 
 
 class FacesFile(NamedTuple):
@@ -43,6 +46,7 @@ def faces_text(faces: list[Face], size: tuple[int, int], stamp: Stamp | None = N
             'points478': face.points.round(3).tolist(),
             'expressions': {name: round(score, 5) for name, score in face.expressions.items()},
             'pose': face.pose.round(6).tolist(),
+            'turn': face.turn and {name: array.round(5).tolist() for name, array in face.turn._asdict().items()},
         }
         for face in faces
     ]
@@ -66,7 +70,10 @@ def read_faces(path: pathlib.Path) -> FacesFile:
             if points.shape != (NUM_MESH_POINTS, 2) or five.shape != (5, 2) or not np.isfinite(points).all():
                 raise ValueError(f'points {points.shape}')
             size = int(content['width']), int(content['height'])
-            faces.append(FoundFace(size, points, five, {k: float(v) for k, v in entry['expressions'].items()}))
+            turn = entry.get('turn') and Turn(*(np.array(entry['turn'][name], float) for name in Turn._fields))
+            if turn and (np.shape(turn) != (2, 3) or not np.isfinite(turn).all() or not (turn.deviation > 0).all()):
+                raise ValueError('turn')
+            faces.append(FoundFace(size, points, five, {k: float(v) for k, v in entry['expressions'].items()}, turn))
         stamp = content.get('stamp')
         return FacesFile(faces, content.get('reason'), None if stamp is None else (int(stamp[0]), int(stamp[1])))
     except FileNotFoundError:

@@ -57,6 +57,12 @@ def list_files(folder: pathlib.Path, endings: Iterable[str]) -> dict[str, pathli
     return found
 
 
+def list_written(folder: pathlib.Path, ending: str) -> dict[str, pathlib.Path]:
+    """Return what a step has written to a folder so far by name; empty where there is nothing."""
+    found = _visible(folder, (ending,)) if folder.is_dir() else ()
+    return {path.relative_to(folder).with_suffix('').as_posix(): path for path in found}
+
+
 def _visible(folder, endings):
     """Yield the files below a folder, sorted, but for hidden ones and for results."""
     written = {path.parent for path in folder.rglob(WRITTEN)} - {folder}
@@ -70,10 +76,17 @@ def _visible(folder, endings):
 
 def list_unread(folder: pathlib.Path) -> dict[str, str]:
     """Return the pictures below a folder whose formats are not read, by relative path, and why."""
-    return {
-        path.relative_to(folder).as_posix(): f'expected {", ".join(PICTURE_ENDINGS)}, found {path.suffix}: convert it'
-        for path in _visible(folder, UNREAD_ENDINGS)
-    }
+    return {path.relative_to(folder).as_posix(): unread_reason(path) for path in _visible(folder, UNREAD_ENDINGS)}
+
+
+def unread_reason(path: pathlib.Path) -> str:
+    """Return why a picture of UNREAD_ENDINGS is not read."""
+    return f'expected {", ".join(PICTURE_ENDINGS)}, found {path.suffix}: convert it'
+
+
+def is_older(paths: list[pathlib.Path], source: pathlib.Path) -> bool:
+    """Tell whether one of some files is older than what it was made of; those that are missing are not."""
+    return any(path.exists() and path.stat().st_mtime_ns < source.stat().st_mtime_ns for path in paths)
 
 
 def mark_written(folder: pathlib.Path) -> None:

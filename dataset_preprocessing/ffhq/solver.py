@@ -21,6 +21,7 @@ POSE_ITERATIONS, ITERATIONS = 4, 10
 DAMPING = 1e-4  # Of the diagonal.
 MAX_TURN, MAX_SHIFT, MAX_COEFFICIENT = 0.3, 0.5, 1.5  # The longest step.
 ROBUST = 2.0  # Standard deviations at which a point counts half.
+TURN_ROBUST = 4.0  # The same of what else tells a camera, which has three numbers.
 RADIUS_DEVIATION = 0.2  # World units: heads and crops are of different sizes, which meshes take over afterwards.
 TURN_DEVIATION, MOVE_DEVIATION = 0.03, 0.03  # Between frames: radians, world units.
 ALIKE = 0.3  # Correlation of the detector's errors in pictures of one person: many tell little more than a few.
@@ -53,6 +54,14 @@ class PointModel(Protocol):
 
     def restrict(self, local: torch.Tensor) -> torch.Tensor:
         """Return local [N, L] within the bounds and what else the model asks for."""
+
+
+class Turned(NamedTuple):
+    """What tells cameras beside the points. rotation [N, 3, 3]: from the world to the camera; precision [N, 3, 3]: of
+    small turns about the camera's axes."""
+
+    rotation: torch.Tensor
+    precision: torch.Tensor
 
 
 class Fit(NamedTuple):
@@ -93,20 +102,22 @@ def fit(
     prior: torch.Tensor,
     groups: torch.Tensor,
     identity: torch.Tensor | None = None,
+    turned: Turned | None = None,
     is_sequence: bool = False,
     on_step: Callable[[], None] = lambda: None,
 ) -> Fit:
     """Return the fit to targets [N, P, 2], points of square pictures in sides from their corner.
 
     prior: [N, L], expected local coefficients, also the start. groups: [N] int64, 0 to G - 1: whose identity. identity:
-    [G, I], known; None to find it. is_sequence: items follow each other in time. on_step: called after each iteration.
+    [G, I], known; None to find it. turned: what else tells cameras. is_sequence: items follow each other in time.
+    on_step: called after each iteration.
     """
     state = _start(model, targets, prior, int(groups.max()) + 1, identity)
     with torch.no_grad():
         for iteration in range(POSE_ITERATIONS + ITERATIONS):
             is_pose_only = iteration < POSE_ITERATIONS
             free_identity = identity is None and not is_pose_only
-            state = _step(model, targets, prior, groups, state, is_pose_only, free_identity, is_sequence)
+            state = _step(model, targets, prior, turned, groups, state, is_pose_only, free_identity, is_sequence)
             on_step()
         return state
 
@@ -134,11 +145,11 @@ def _start(model, targets, prior, num_groups, identity):
     return Fit(identity, local, rotation, RADIUS * torch.nn.functional.normalize(place, dim=1))
 
 
-def _step(model, targets, prior, groups, state, is_pose_only, free_identity, is_sequence):
+def _step(model, targets, prior, turned, groups, state, is_pose_only, free_identity, is_sequence):
     """Return the state after one damped step of Gauss-Newton."""
     systems = [
-        _system(model, targets[part], prior[part], state.identity[groups[part]], state, part, is_pose_only,
-                free_identity)
+        _system(model, targets[part], prior[part], turned and Turned(*(x[part] for x in turned)),
+                state.identity[groups[part]], state, part, is_pose_only, free_identity)
         for part in torch.arange(len(targets), device=targets.device).split(CHUNK)
     ]  # fmt: skip
     local_matrix, local_vector, shared_matrix, shared_vector, mixed = (torch.cat(part) for part in zip(*systems))
@@ -162,7 +173,7 @@ def _step(model, targets, prior, groups, state, is_pose_only, free_identity, is_
     return _moved(model, state, step, change)
 
 
-def _system(model, targets, prior, identity, state, part, is_pose_only, free_identity):
+def _system(model, targets, prior, turned, identity, state, part, is_pose_only, free_identity):
     """Return the normal equations of items: local matrix and vector, shared matrix and vector, mixed matrix."""
     local, rotation, place = state.local[part], state.rotation[part], state.place[part]
     seen = see(model.points(identity, local), rotation, place)
@@ -176,8 +187,8 @@ def _system(model, targets, prior, identity, state, part, is_pose_only, free_ide
     root = weight.sqrt()[..., None, None]
     slope = slope * root
     world_slope = slope @ rotation[:, None]
-    turned = (seen - place[:, None])[..., None, :].expand_as(slope)
-    pose = torch.cat([torch.linalg.cross(turned, slope), slope], dim=3).flatten(1, 2)
+    around = (seen - place[:, None])[..., None, :].expand_as(slope)
+    pose = torch.cat([torch.linalg.cross(around, slope), slope], dim=3).flatten(1, 2)
     right = -(residual * weight.sqrt()[..., None]).flatten(1)
     size = len(model.lower)
     if is_pose_only:
@@ -189,6 +200,9 @@ def _system(model, targets, prior, identity, state, part, is_pose_only, free_ide
     width = size + POSE
     matrix, vector = products[:, :width, :width], products[:, :width, width]
     _add_priors(model, matrix, vector, local - prior, place, is_pose_only)
+    if turned is not None:
+        _add_turned(matrix, vector, turned, rotation)
+    torch.diagonal(matrix, dim1=1, dim2=2).mul_(1 + DAMPING)
     _freeze(model, matrix, vector, local, is_pose_only, held := _held(model, vector, local))
     mixed = products[:, width + 1 :, :width]
     mixed[:, :, :size] *= ~held[:, None]
@@ -236,7 +250,16 @@ def _add_priors(model, matrix, vector, away, place, is_pose_only):
     outwards, strength = place / radius, RADIUS_DEVIATION**-2
     matrix[:, -3:, -3:] += strength * outwards[:, :, None] * outwards[:, None]
     vector[:, -3:] -= strength * (radius - RADIUS) * outwards
-    diagonal *= 1 + DAMPING
+
+
+def _add_turned(matrix, vector, turned, rotation):
+    """Pull cameras to what else tells them; one that is far from what the points tell is believed less."""
+    pull = _turns(turned.rotation @ rotation.mT)[..., None]
+    distance = (pull * (turned.precision @ pull)).sum(dim=1, keepdim=True)
+    precision = turned.precision / (1 + distance / TURN_ROBUST**2)
+    turn = slice(-POSE, -POSE + 3)
+    matrix[:, turn, turn] += precision
+    vector[:, turn] += (precision @ pull)[..., 0]
 
 
 def _held(model, vector, local):

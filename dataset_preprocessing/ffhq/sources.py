@@ -18,7 +18,10 @@ BETWEEN = '-'  # Joins folders and name: what is written lies in one folder.
 
 
 def _stamp(path):
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
     return status.st_size, status.st_mtime_ns
 
 
@@ -49,8 +52,8 @@ class Photos:
     def __len__(self):
         return len(self.paths)
 
-    def stamp(self, name: str) -> Stamp:
-        """Return what changes when a picture does."""
+    def stamp(self, name: str) -> Stamp | None:
+        """Return what changes when a picture does; None where it is gone. To be asked for before it is read."""
         return _stamp(self.paths[name])
 
     def pictures(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Image.Image | PreprocessError]]:
@@ -69,7 +72,7 @@ class Video:
     unread = {}
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        self.path, self._stamp = path, _stamp(path)
 
     @functools.cached_property
     def fps(self) -> float:
@@ -79,9 +82,9 @@ class Video:
     def __len__(self):
         return 0  # Not known before all are read.
 
-    def stamp(self, _name: str) -> Stamp:
-        """Return what changes when the video does."""
-        return _stamp(self.path)
+    def stamp(self, _name: str) -> Stamp | None:
+        """Return what changes when the video does, as it was when this was made."""
+        return self._stamp
 
     def pictures(self, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Image.Image]]:
         """Yield name and picture of the frames wanted."""
@@ -99,6 +102,8 @@ def find_sources(indir: pathlib.Path) -> dict[str, Photos | Video]:
     if indir.is_file():
         if indir.suffix.lower() in files.PICTURE_ENDINGS:
             return {'': Photos({indir.stem: indir}, {})}
+        if indir.suffix.lower() in files.UNREAD_ENDINGS:
+            raise PreprocessError(f'{indir}: {files.unread_reason(indir)}')
         probe(indir)  # Told before anything is written.
         return {'': Video(indir)}
     if not indir.is_dir():

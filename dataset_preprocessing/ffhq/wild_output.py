@@ -14,6 +14,8 @@ from dataset_preprocessing.ffhq.fitting import HeadFit, HeadFitter
 from dataset_preprocessing.overlay import draw_overlay
 from dnnlib import atomic_path, atomic_write
 from geometry.meshes import landmark_lines, obj_surface, obj_vertices
+from training.dataset import LABEL_FILE
+from training.driving import COEFFICIENTS_FILE
 
 OVERLAY_QUALITY = 90
 
@@ -36,9 +38,9 @@ class ItemWriter:
         return [self.out / f'{name}.png', *overlay]
 
     def forget(self, name: str) -> None:
-        """Remove what there is of an item, its picture first."""
-        for path in (self.out / f'{name}.png', self.out / f'{name}.obj', self.out / f'{name}_kpt2d.txt'):
-            path.unlink(missing_ok=True)
+        """Remove what there is of an item, its picture first, and the tables, which list it."""
+        for file in (f'{name}.png', f'{name}.obj', f'{name}_kpt2d.txt', LABEL_FILE, COEFFICIENTS_FILE):
+            (self.out / file).unlink(missing_ok=True)
         if self.overlays is not None:
             (self.overlays / f'{name}.jpg').unlink(missing_ok=True)
 
@@ -63,7 +65,7 @@ def write_tables(
     """Write dataset.json and coefficients.npz of a folder: names, the head model's `coefficients` (its identity once if
     all are of one person), size [N], gaze [N, 4], error [N] and, of a video, fps."""
     labels = [[f'{name}.png', fit.label.astype(float).tolist()] for name, fit in fits.items()]
-    files.write_text(json.dumps({'labels': labels}), out / 'dataset.json')
+    files.write_text(json.dumps({'labels': labels}), out / LABEL_FILE)
     rows = list(fits.values())
     identity = rows[0].identity if is_one_person else np.stack([fit.identity for fit in rows])
     arrays = {
@@ -76,5 +78,5 @@ def write_tables(
     }
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)
-    with atomic_write(out / 'coefficients.npz') as file:
+    with atomic_write(out / COEFFICIENTS_FILE) as file:
         file.write(stream.getvalue())
