@@ -76,6 +76,14 @@ def test_exchanged_and_new_pictures_are_worked_on(wild, photos, tmp_path, flags)
     assert same_as_fresh(wild, photos, tmp_path, *flags)
 
 
+def test_fits_that_are_there_are_not_written_again(wild, photos):  # noqa: F811
+    assert wild(photos).exit_code == 0
+    fit = photos / 'processed_work' / 'fits' / 'one.npz'
+    before = fit.stat().st_mtime_ns
+    photograph(1).save(photos / 'zoe.png')
+    assert wild(photos).exit_code == 0 and fit.with_name('zoe.npz').exists() and fit.stat().st_mtime_ns == before
+
+
 def test_faces_that_are_gone_leave_nothing(wild, photos, tmp_path):  # noqa: F811
     flags = '--all-faces', '--overlays'
     assert wild(photos, *flags).exit_code == 0 and (photos / 'processed' / 'pair-1.obj').exists()
