@@ -87,17 +87,22 @@ def run(variant, seed, arguments, gpu):
 
 
 def table(found):
-    """Return results {(variant, seed): {metric: line}} as a table in Markdown: values with their standard errors."""
-    names = [
-        name for lines in [next(iter(found.values()))] for line in lines.values() for name in line['results']
-        if not name.endswith('_se')
-    ]  # fmt: skip
-    rows = [f'| variant, seed | {" | ".join(names)} |', '|---' * (len(names) + 1) + '|']
-    for (variant, seed), lines in found.items():
-        values = {name: value for line in lines.values() for name, value in line['results'].items()}
-        cells = [f'{_number(values[name])} ± {_number(values.get(f"{name}_se"))}' for name in names]
-        rows.append(f'| {variant}, {seed} | {" | ".join(cells)} |')
+    """Return results {(variant, seed): {metric: line}} as a table in Markdown, a row for each number, with standard
+    errors; what an estimator finds in exact pictures is a column of its own."""
+    runs = [{name: value for line in lines.values() for name, value in line['results'].items()}
+            for lines in found.values()]  # fmt: skip
+    exact = {name.replace('_estimator', '', 1): name for name in runs[0] if '_estimator' in name}
+    titles = ['', 'exact pictures', *(f'{variant}, {seed}' for variant, seed in found)]
+    rows = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
+    for name in runs[0]:
+        if not name.endswith('_se') and name not in exact.values():
+            cells = [_cell(runs[0], exact[name]) if name in exact else '', *(_cell(run, name) for run in runs)]
+            rows.append(f'| `{name}` | {" | ".join(cells)} |')
     return '\n'.join(rows)
+
+
+def _cell(values, name):
+    return f'{_number(values[name])} ± {_number(values.get(f"{name}_se"))}'
 
 
 def _number(value):
