@@ -199,6 +199,20 @@ class Page:
             self.until_still()
         self.until(lambda: is_other(self.picture(), before), 'other pixels')
 
+    def kept_picture(self) -> np.ndarray:
+        """Return the full picture that the page comes to rest at, for `until_shown`.
+
+        The line of the status is written before the canvas is drawn: that may show a coarse one for a moment more.
+        """
+        self.until_still()
+
+        def settled():
+            picture = self.picture()
+            time.sleep(STILL_SECONDS / 2)
+            return (picture,) if np.array_equal(self.picture(), picture) else ()
+
+        return self.until(settled, 'a canvas that stays')[0]
+
     def until_shown(self, picture: np.ndarray) -> None:
         """Wait until the page shows a picture that it has shown before."""
         self.until(lambda: not is_other(self.picture(), picture, ALIKE), 'the same pixels')

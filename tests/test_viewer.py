@@ -734,13 +734,13 @@ def reset(page):
 
 def test_a_person_is_chosen_in_the_page(page):
     page.tab('Person')
-    start = page.picture()
+    start = page.kept_picture()
     with page.another_picture():
         page.enter('Seed', 7)
     with page.another_picture():
         page.press('Truncation', '\ue010')  # End.
     assert page.value('Truncation') == viewer.LARGEST_PSI
-    first = page.picture()
+    first = page.kept_picture()
     with page.another_picture():
         page.tick('Mix')
     with page.another_picture():
@@ -764,7 +764,7 @@ def test_a_person_is_chosen_in_the_page(page):
 
 
 def test_views_in_the_page(page):
-    shown = [page.picture()]
+    shown = [page.kept_picture()]
     for mode in [*viewer.MODES][1:]:
         with page.another_picture():
             page.choose('Show', mode)
@@ -779,7 +779,7 @@ def test_sliders_search_and_reset_in_the_page(page):
     page.tab('Face')
     labels = page.labels()
     assert {expressions.label(name) for name in ARKIT_NAMES} <= set(labels)
-    start = page.picture()
+    start = page.kept_picture()
     with page.another_picture():
         page.press('jaw open', '\ue010')  # End.
     assert page.value('jaw open') == 1 and page.value('Jaw') == 1  # The control follows.
@@ -809,7 +809,7 @@ def test_sliders_search_and_reset_in_the_page(page):
 
 
 def test_the_mouse_orbits_and_a_button_comes_back(page):
-    start = page.picture()
+    start = page.kept_picture()
     with page.another_picture(is_one_event=False):
         page.drag(150, 30)
     with page.another_picture(is_one_event=False):
@@ -821,7 +821,7 @@ def test_a_clip_plays_and_pauses(page):
     page.tab('Clip')
     with page.another_picture():  # Its first frame is of somebody else's shape.
         page.tick('Use the clip')
-    first, number = page.picture(), page.status()[0]
+    first, number = page.kept_picture(), page.status()[0]
     page.click('Play')
     page.until(lambda: page.status()[0] > number + 4, 'frames')
     page.until(lambda: page.value('Frame') > 0, 'the slider to follow')
@@ -835,7 +835,7 @@ def test_a_clip_plays_and_pauses(page):
     with page.another_picture():
         page.press('Frame', '\ue010')
     assert page.value('Frame') == 7
-    last = page.picture()
+    last = page.kept_picture()
     with page.another_picture():
         page.tick("Keep the avatar's face shape")
     with page.another_picture():
@@ -865,7 +865,7 @@ def test_screenshot_and_mesh_are_downloaded(page, network):
 
 def test_two_browsers_do_not_disturb_each_other(page, address):
     reset(page)
-    start, number = page.picture(), page.status()
+    start, number = page.kept_picture(), page.status()
     with browser.Page(address, size=SIZE) as other:
         other.until_shown(start)  # Both begin alike.
         other.tab('Face')
