@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Left-right mirroring of pictures' cameras, head meshes and landmarks (the three have to flip together)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.spatial import cKDTree
 
@@ -45,3 +47,12 @@ def mirror_label(label: np.ndarray) -> np.ndarray:
     mirrored = label.copy()
     mirrored[[1, 2, 3, 4, 8]] *= -1  # Entries (0,1), (0,2), (0,3), (1,0), (2,0) of the row-major matrix.
     return mirrored
+
+
+def mirrored_names(names: Sequence[str]) -> list[int]:
+    """Return the number of the expression that takes each one's place in a mirror image: left and right change.
+
+    Raises ValueError for a name without its partner.
+    """
+    swapped = [name.replace('Left', '#').replace('Right', 'Left').replace('#', 'Right') for name in names]
+    return [names.index(name) for name in swapped]

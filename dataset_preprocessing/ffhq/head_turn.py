@@ -23,6 +23,7 @@ from dataset_preprocessing.ffhq.files import PreprocessError
 from dataset_preprocessing.ffhq.gaze import rotation_to
 from dataset_preprocessing.ffhq.points import NUM_MESH_POINTS
 from geometry.cameras import FOCAL
+from geometry.mirror import mirrored_names
 from metrics.estimator import Block
 
 TURN_FILE = pathlib.Path(__file__).parents[2] / 'data' / 'head' / 'head_turn.npz'
@@ -105,7 +106,7 @@ class HeadTurn:
                                       for name, x in self.net.state_dict().items()})  # fmt: skip
             if self.template.shape != (NUM_MESH_POINTS, 2) or self.mean.shape != (NUM_MESH_POINTS, 3):
                 raise ValueError('other points')
-            self.other = [self.names.index(other_side(name)) for name in self.names]
+            self.other = mirrored_names(self.names)
         except (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
             raise PreprocessError(f'{path}: expected the network of head turns, found none ({error})') from error
         self.mirror = load_dense_points().mirror.numpy()
@@ -137,14 +138,11 @@ def load_head_turn(path: pathlib.Path = TURN_FILE) -> HeadTurn:
     return HeadTurn(path)
 
 
-def other_side(name: str) -> str:
-    """Return the name of the expression that takes the place of one in a mirrored face."""
-    return name.replace('Left', '#').replace('Right', 'Left').replace('#', 'Right')
-
-
-def mirrored(points: np.ndarray, mirror: np.ndarray) -> np.ndarray:
+def mirrored(points: np.ndarray | torch.Tensor, mirror: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     """Return `relative` points [N, 478, 3] of mirrored faces."""
-    return points[:, mirror] * [-1, 1, 1]
+    points = points[:, mirror]
+    points[..., 0] *= -1
+    return points
 
 
 def frames_of(points: np.ndarray, template: np.ndarray) -> Frames:

@@ -26,6 +26,7 @@ from dnnlib import atomic_write
 from geometry.cameras import FOCAL, project_mesh
 from geometry.head_model import load_embedded_head
 from geometry.meshes import WORLD_SCALE
+from geometry.mirror import mirrored_names
 
 NUM_PEOPLE, SIDE, PIECE = 1600, 512, 200
 NUM_MODES, ROUNDS = 48, 15
@@ -159,7 +160,7 @@ def factors(x: np.ndarray, is_known: np.ndarray, num_modes: int) -> tuple[np.nda
 
 def _score_map(found, names):
     """Return the map of `score_terms` to expressions, least squares with a ridge, and the deviations that it leaves."""
-    other = [names.index(_other_side(name)) for name in names]
+    other = mirrored_names(names)
     scores, truth = (np.concatenate([x, x[:, other]]) for x in (found.scores, found.expression))
     close, jaw = names.index('mouthClose'), names.index('jawOpen')
     truth[:, close] = np.minimum(truth[:, close], truth[:, jaw])  # As the head takes it.
@@ -168,13 +169,6 @@ def _score_map(found, names):
     ridge[0, 0] = 0
     weights = np.linalg.solve(terms.T @ terms + ridge, terms.T @ truth)
     return weights, np.sqrt(((np.clip(terms @ weights, 0, 1) - truth) ** 2).mean(axis=0))
-
-
-def _other_side(name):
-    for side, other in (('Left', 'Right'), ('Right', 'Left')):
-        if name.endswith(side):
-            return name.removesuffix(side) + other
-    return name
 
 
 if __name__ == '__main__':

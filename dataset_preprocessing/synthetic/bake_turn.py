@@ -31,6 +31,7 @@ from dataset_preprocessing.synthetic.paint import picture
 from dataset_preprocessing.synthetic.people import camera_label, random_person
 from dnnlib import atomic_write
 from geometry.head_model import load_embedded_head
+from geometry.mirror import mirrored_names
 
 SEED, NUM_PEOPLE, PIECE, DRAWN_SIDE = 2027, 50000, 250, 256
 WIDE_EVERY, MAX_YAW, MAX_PITCH = 4, 0.9, 0.5  # Every fourth one is seen from all around; radians.
@@ -154,11 +155,11 @@ class Mirror:
     def __init__(self, arrays, names):
         self.mean, self.spread = torch.from_numpy(arrays['mean']).float(), float(arrays['spread'])
         self.partner = load_dense_points().mirror
-        self.other = [names.index(head_turn.other_side(name)) for name in names]
+        self.other = mirrored_names(names)
 
     def __call__(self, faces: Faces) -> Faces:
         """Return the faces as a mirror shows them."""
-        points = (faces.points * self.spread + self.mean)[:, self.partner] * torch.tensor([-1.0, 1, 1])
+        points = head_turn.mirrored(faces.points * self.spread + self.mean, self.partner)
         turns = faces.turns * torch.from_numpy(MIRRORED).float()
         return Faces(faces.images.flip(3), (points - self.mean) / self.spread, faces.scores[:, self.other], turns)
 

@@ -22,7 +22,7 @@ import cli  # noqa: E402  (needs the path above)
 from dataset_preprocessing.synthetic import jitter  # noqa: E402
 from dnnlib import atomic_path  # noqa: E402
 from geometry.head_model import load_embedded_head  # noqa: E402
-from geometry.mirror import mirror_label  # noqa: E402
+from geometry.mirror import mirror_label, mirrored_names  # noqa: E402
 from metrics import estimator  # noqa: E402
 from training.dataset import PackedSource  # noqa: E402
 from training.driving import COEFFICIENTS_FILE  # noqa: E402
@@ -121,12 +121,6 @@ def identity_signs() -> np.ndarray:
     mirrored = basis[:, head.mirror] * torch.tensor([-1.0, 1.0, 1.0])
     share = (basis * mirrored).sum(dim=(1, 2)) / basis.square().sum(dim=(1, 2))
     return torch.where(share.abs() > PARITY, share.sign(), 0).numpy()
-
-
-def mirrored_names(names: tuple[str, ...]) -> list[int]:
-    """Return the number of the expression that takes each one's place in a mirror image: left and right change."""
-    swapped = [name.replace('Left', '#').replace('Right', 'Left').replace('#', 'Right') for name in names]
-    return [names.index(name) for name in swapped]
 
 
 def measure_scales(data: Data) -> Scales:
