@@ -1,51 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains variants of the network on the same data for the same time and measures them: docs/experiments.md.
+"""Trains the network with each of three kinds of planes, with and without a rendering of the mesh for the
+discriminator, on the same data for as many pictures, and measures what each choice changes: docs/experiments.md.
 
-Every variant is a run of train_next3d.py as a user would start it, then one of calc_metrics.py and of gen_sheets.py.
-With --gpus=N so many variants are trained at once, one a GPU. Run again to go on after an interruption.
+Every combination is a run of train_next3d.py as a user would start it, then one of calc_metrics.py and one of
+gen_sheets.py. With --gpus=N and --share=M, N x M are trained at once. Run again to go on after an interruption.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import pathlib
 import queue
+import statistics
 import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-USUAL = ('--plane-layout=aligned', '--blend-planes=all', '--disc-render=waves')
-VARIANTS = {  # What each changes of USUAL.
-    'usual': (),
-    'layout-next3d': ('--plane-layout=next3d',),
-    'blend-front': ('--blend-planes=front',),
-    'next3d-front': ('--plane-layout=next3d', '--blend-planes=front'),
-    'no-render': ('--disc-render=False',),
-    'render-normals': ('--disc-render=True',),
+# The layout decides about the two side views alone, which a mesh that paints the front plane does not have.
+PLANES = {
+    'aligned': ('--plane-layout=aligned', '--blend-planes=all'),
+    'next3d': ('--plane-layout=next3d', '--blend-planes=all'),
+    'front': ('--plane-layout=aligned', '--blend-planes=front'),
+}
+RENDERS = {'waves': ('--disc-render=waves',), 'none': ('--disc-render=False',)}
+CHANGES = {
+    'layout: aligned to next3d': (0, 'aligned', 'next3d'),
+    'painted planes: all (aligned) to front': (0, 'aligned', 'front'),
+    'mesh shown to D: waves to none': (1, 'waves', 'none'),
 }
 METRICS = ('kid5k_mobilenet', 'aed', 'apd', 'follow', 'id', 'depth', 'reprojection', 'animation')
 
 
 def options():
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n', maxsplit=1)[0].replace('\n', ' '))
     parser.add_argument('--data', type=pathlib.Path, required=True, help='packed drawn people to train on')
     parser.add_argument('--test-data', type=pathlib.Path, required=True, help='others, for the metrics')
     parser.add_argument('--out', type=pathlib.Path, required=True)
-    parser.add_argument('--variants', default=','.join(VARIANTS), help='[default: %(default)s]')
-    parser.add_argument('--seeds', default='0', help='a run of each variant for each [default: %(default)s]')
-    parser.add_argument('--kimg', type=float, default=80, help='of each run [default: %(default)s]')
+    parser.add_argument('--seeds', default='0', help='all combinations for each [default: %(default)s]')
+    parser.add_argument('--kimg', type=float, default=60, help='of each run [default: %(default)s]')
     parser.add_argument('--num', type=int, default=1000, help='pictures of each metric [default: %(default)s]')
     parser.add_argument('--metrics', default=','.join(METRICS), help='[default: %(default)s]')
-    parser.add_argument('--gpus', type=int, default=0, help='variants trained at once; 0: one, on the CPU')
+    parser.add_argument('--gpus', type=int, default=0, help='0: the CPU')
+    parser.add_argument('--share', type=int, default=1, help='runs at once on each GPU [default: %(default)s]')
     parser.add_argument('--cfg', default='demo', help='preset [default: %(default)s]')
     parser.add_argument('train', nargs='*', help='further options of train_next3d.py for all, after --')
-    arguments = parser.parse_args()
-    unknown = set(arguments.variants.split(',')) - set(VARIANTS)
-    if unknown:
-        parser.error(f'--variants: expected some of {", ".join(VARIANTS)}, got {", ".join(sorted(unknown))}')
-    return arguments
+    return parser.parse_args()
 
 
 def call(script, *words, gpu=None, log=None):
@@ -60,61 +62,81 @@ def call(script, *words, gpu=None, log=None):
     return done.stdout
 
 
-def run(variant, seed, arguments, gpu):
-    """Train and measure one variant with one seed, or go on with it; return its results by metric."""
-    folder = arguments.out / f'{variant}-{seed}'
+def run(planes, render, seed, arguments, gpu):
+    """Train and measure one combination with one seed, or go on with it; return its results {name: number}."""
+    folder = arguments.out / f'{planes}-{render}-{seed}'
     folder.mkdir(parents=True, exist_ok=True)
     device = 'cpu' if gpu is None else 'cuda'
     call(
         'train_next3d.py', f'--cfg={arguments.cfg}', f'--data={arguments.data}', f'--outdir={folder}/runs',
         f'--topology-path={arguments.data}/head_template.obj', f'--seed={seed}', f'--kimg={arguments.kimg}',
-        '--gen_pose_cond=True', '--mirror=True', f'--device={device}', *USUAL, *VARIANTS[variant], *arguments.train,
-        gpu=gpu, log=folder / 'log.txt',
+        '--gen_pose_cond=True', '--mirror=True', f'--device={device}', *PLANES[planes], *RENDERS[render],
+        *arguments.train, gpu=gpu, log=folder / 'log.txt',
     )  # fmt: skip
-    network = f'--network={sorted(folder.glob("runs/0*/network-snapshot-*.pkl"))[-1]}'
+    network = sorted(folder.glob('runs/0*/network-snapshot-*.pkl'))[-1]
     results = folder / 'results.json'
     if not results.exists():
         text = call(
-            'calc_metrics.py', network, f'--data={arguments.test_data}', f'--metrics={arguments.metrics}',
-            f'--num={arguments.num}', '--batch=16', f'--device={device}', '--verbose=False', gpu=gpu,
-            log=folder / 'log.txt',
+            'calc_metrics.py', f'--network={network}', f'--data={arguments.test_data}',
+            f'--metrics={arguments.metrics}', f'--num={arguments.num}', '--batch=16', f'--device={device}',
+            '--verbose=False', gpu=gpu, log=folder / 'log.txt',
         )  # fmt: skip
         lines = [json.loads(line) for line in text.splitlines() if line.startswith('{')]
         results.write_text(json.dumps({line['metric']: line for line in lines}))
-    call('gen_sheets.py', network, '--seeds=0-3', f'--outdir={folder}', f'--device={device}', gpu=gpu,
+    call('gen_sheets.py', f'--network={network}', '--seeds=0-3', f'--outdir={folder}', f'--device={device}', gpu=gpu,
          log=folder / 'log.txt')  # fmt: skip
-    return json.loads(results.read_text())
+    return {name: value for line in json.loads(results.read_text()).values() for name, value in line['results'].items()}
 
 
-def table(found):
-    """Return results {(variant, seed): {metric: line}} as a table in Markdown, a row for each number, with standard
-    errors; what an estimator finds in exact pictures is a column of its own."""
-    runs = [{name: value for line in lines.values() for name, value in line['results'].items()}
-            for lines in found.values()]  # fmt: skip
-    exact = {name.replace('_estimator', '', 1): name for name in runs[0] if '_estimator' in name}
-    titles = ['', 'exact pictures', *(f'{variant}, {seed}' for variant, seed in found)]
-    rows = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
-    for name in runs[0]:
-        if not name.endswith('_se') and name not in exact.values():
-            cells = [_cell(runs[0], exact[name]) if name in exact else '', *(_cell(run, name) for run in runs)]
-            rows.append(f'| `{name}` | {" | ".join(cells)} |')
-    return '\n'.join(rows)
+def effects(found, name):
+    """Return {change: (difference, standard error)} of a number in {(planes, render, seed): results}: its mean change
+    over the pairs of runs that differ in nothing else. Of one pair, error None; of none, None for both."""
+    told = {}
+    for change, (at, before, after) in CHANGES.items():
+        gaps = []
+        for key, results in found.items():
+            other = found.get((*key[:at], after, *key[at + 1 :]))
+            if key[at] == before and other and None not in (results[name], other[name]):
+                gaps.append(other[name] - results[name])
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+        told[change] = (statistics.mean(gaps) if gaps else None, error)
+    return told
 
 
-def _cell(values, name):
-    return f'{_number(values[name])} ± {_number(values.get(f"{name}_se"))}'
+def tables(found):
+    """Return results {(planes, render, seed): {name: number}} as two tables in Markdown: a row for each number, its
+    value in each run, with what an estimator finds in exact pictures in a column, and what each choice changes."""
+    first = next(iter(found.values()))
+    exact = {name.replace('_estimator', '', 1): name for name in first if '_estimator' in name}
+    names = [name for name in first if not name.endswith('_se') and name not in exact.values()]
+    values = [['', 'exact pictures', *(f'{planes}, {render}; {seed}' for planes, render, seed in found)]]
+    changes = [['', *CHANGES]]
+    for name in names:
+        cells = [_cell(first[exact[name]], first.get(f'{exact[name]}_se')) if name in exact else '']
+        cells += [_cell(run[name], run.get(f'{name}_se')) for run in found.values()]
+        values.append([f'`{name}`', *cells])
+        changes.append([f'`{name}`', *(_cell(*change, '+') for change in effects(found, name).values())])
+    return '\n\n'.join(_markdown(rows) for rows in (values, changes))
 
 
-def _number(value):
-    return '?' if value is None else f'{value:.3g}'
+def _markdown(rows):
+    lines = [f'| {" | ".join(row)} |' for row in rows]
+    return '\n'.join([lines[0], '|---' * len(rows[0]) + '|', *lines[1:]])
+
+
+def _cell(value, error, sign=''):
+    told = ['?' if number is None else f'{number:{how}.3g}' for number, how in ((value, sign), (error, ''))]
+    return ' ± '.join(told)
 
 
 def main():
-    """Train and measure all variants, then print the table and write it to table.md."""
+    """Train and measure all combinations, then print the tables and write them to table.md."""
     arguments = options()
-    jobs = [(variant, int(seed)) for seed in arguments.seeds.split(',') for variant in arguments.variants.split(',')]
+    seeds = [int(seed) for seed in arguments.seeds.split(',')]
+    jobs = [(planes, render, seed) for seed in seeds for planes, render in itertools.product(PLANES, RENDERS)]
     free = queue.Queue()
-    for gpu in range(arguments.gpus) if arguments.gpus else [None]:
+    places = [*range(arguments.gpus)] * arguments.share or [None]
+    for gpu in places:
         free.put(gpu)
 
     def work(job):
@@ -124,9 +146,9 @@ def main():
         finally:
             free.put(gpu)
 
-    with concurrent.futures.ThreadPoolExecutor(max(arguments.gpus, 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
         found = dict(pool.map(work, jobs))
-    text = table(found)
+    text = tables(found)
     (arguments.out / 'table.md').write_text(text + '\n')
     print(text)
 
