@@ -74,7 +74,7 @@ def run(planes, render, seed, arguments, gpu):
         *arguments.train, gpu=gpu, log=folder / 'log.txt',
     )  # fmt: skip
     network = sorted(folder.glob('runs/0*/network-snapshot-*.pkl'))[-1]
-    results = folder / 'results.json'
+    results = folder / f'{network.stem}.json'
     if not results.exists():
         text = call(
             'calc_metrics.py', f'--network={network}', f'--data={arguments.test_data}',
