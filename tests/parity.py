@@ -19,7 +19,13 @@ SUBSET = ROOT / 'tests' / 'data' / 'parity'  # What every clone has.
 
 # Largest deviation over the root mean square of the reference: a few times the reference's own noise floor.
 # Steps of Adam: entries whose gradients are small, and nearly all rounding, move as far as the others do.
-TOLERANCE = {'exact': 0.0, 'op': 2e-6, 'network': 1e-5, 'image': 5e-5, 'gradient': 1e-4, 'step': 5e-4}
+# The last two: what double precision differs by from the record itself, which was summed in single precision. 'sum':
+# 1.4e-4 (a weight's gradient over all pixels of four 512² pictures); 'R1 bias': 1.8e-3 for nine of ten, 6.4e-3 at most
+# (R1 reaches biases of a discriminator through minibatch std alone), some times that in Adam's steps, which divide by
+# the gradient's size. Nearer to the record is luck of the processor.
+TOLERANCE = {
+    'exact': 0.0, 'op': 2e-6, 'network': 1e-5, 'image': 5e-5, 'gradient': 1e-4, 'step': 5e-4, 'sum': 3e-4, 'R1 bias': 1e-2,
+}  # fmt: skip
 deviations: dict[str, tuple[float, str]] = {}
 
 

@@ -266,7 +266,9 @@ def test_exact_renders_have_the_error_of_the_estimator(subject, weights):
     for reader in (PictureReader(subject.dataset, subject.truth, error=0.125), untrained):
         values, about = avatar.driven(dataclasses.replace(subject, estimator=lambda: reader, num=20), 10_000)
         assert list(values)[:4] == ['aed_estimator', 'aed_estimator_se', 'apd_estimator', 'apd_estimator_se']
-        assert values['aed'] == values['aed_estimator'] > 0 and values['apd'] == values['apd_estimator']
+        # Equal pictures: estimates of them differ by last bits at most, which depend on where in memory pictures lie.
+        assert values['aed'] == pytest.approx(values['aed_estimator'], rel=1e-6) and values['aed_estimator'] > 0
+        assert values['apd'] == pytest.approx(values['apd_estimator'], rel=1e-6)
         assert (about['num_latents'], about['num_pairs']) == (2, 10) and about['driving'] == 'coefficients.npz'
         if reader is not untrained:
             assert values['aed'] == pytest.approx(0.125, abs=1e-6) and values['apd'] < 1e-6
