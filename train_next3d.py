@@ -10,6 +10,7 @@ import click
 import torch
 
 import cli
+import legacy
 import measure
 from geometry.meshes import MeshFileError
 from torch_utils.distributed import (
@@ -22,6 +23,7 @@ from torch_utils.distributed import (
 from training import evaluation, loop
 from training.config import BLEND_PLANES
 from training.dataset import has_expressions, open_source
+from training.generator import Next3DGenerator
 from training.head_raster import PLANE_LAYOUTS
 from training.layers import NOISE_MODES
 from training.loss import DENSITY_REGIONS, REG_TYPES
@@ -83,12 +85,12 @@ class Choice(click.ParamType):
 
 
 class Switch(Choice):
-    """Choice that also takes a bool: True stands for the first word, False for None."""
+    """Choice that also takes a bool: True stands for the first word."""
 
     def convert(self, value, param, ctx):
-        """Return the word or None."""
+        """Return the word or False."""
         try:
-            return self.words[0] if click.BOOL.convert(value, param, ctx) else None
+            return click.BOOL.convert(value, param, ctx) and self.words[0]
         except click.BadParameter:
             return super().convert(value, param, ctx)
 
@@ -212,7 +214,7 @@ OPTIONS = [
             click.IntRange(0, 64), 'N'),
     # Networks and optimisation.
     setting('cbase', 'Channels of a block at resolution r: cbase/r ...', click.IntRange(64, 2**20), 'N'),
-    setting('cmax', '... and at most cmax. In demo and toy these two do not change the discriminator.',
+    setting('cmax', '... and at most cmax. In demo, demo128 and toy these do not change the discriminator.',
             click.IntRange(1, 4096), 'N'),
     setting('map_depth', 'Layers of the mapping network.', click.IntRange(1, 32), 'N'),
     setting('mbstd_group', 'Images in a group whose standard deviation the discriminator sees.',
@@ -228,9 +230,10 @@ OPTIONS = [
     setting('d_num_fp16_res', "... the discriminator's.", COUNT, 'N'),
     setting('precision', "Arithmetic on a GPU: as published; TF32; all the generator's convolutions in bf16 or fp16.",
             Choice(COMPUTE_DTYPES)),
-    setting('plane_layout', 'How views of the mesh become planes: as published, or aligned with the volume.',
-            Choice(PLANE_LAYOUTS)),
-    setting('blend_planes', 'Planes that the mesh paints.', Choice(BLEND_PLANES)),
+    setting('plane_layout', 'How views of the mesh become planes: as published, or aligned with the volume; with '
+            '--resume of a Next3D network as there.', Choice(PLANE_LAYOUTS)),
+    setting('blend_planes', 'Planes that the mesh paints; with --resume of a Next3D network as there.',
+            Choice(BLEND_PLANES)),
     cli.option('model_version', type=Choice(['next3d']), default='next3d', expose_value=False, show_default=True,
                help='Accepted.'),
     setting('discriminator_version',
@@ -325,9 +328,21 @@ def resolve(options) -> TrainConfig:
     resolution = open_source(data, given.get('rdata')).image(0).shape[-1]
     try:
         preset, given['camera_setup'] = preset_of(cfg, resolution)
-        return make_config(preset, outdir, data, **given)
+        return make_config(preset, outdir, data, **{**planes_of(given['resume']), **given})
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+
+
+def planes_of(path) -> dict[str, str]:
+    """Return the settings of planes that weights to start from were trained with; none where there are no such."""
+    try:
+        networks = {} if path is None else legacy.load_network_pkl(path, only=('G', 'G_ema'))
+    except (legacy.NetworkFileError, OSError):
+        return {}  # Told when training wants the weights; a run that has a state of its own goes on without them.
+    network = networks.get('G', networks.get('G_ema'))
+    if not isinstance(network, Next3DGenerator):
+        return {}
+    return {name: getattr(network.config, name) for name in ('plane_layout', 'blend_planes')}
 
 
 def check_machine(config):

@@ -3,7 +3,8 @@
 discriminator, on the same data for as many pictures, and measures what each choice changes: docs/experiments.md.
 
 Every combination is a run of train_next3d.py as a user would start it, then one of calc_metrics.py and one of
-gen_sheets.py. With --gpus=N and --share=M, N x M are trained at once. Run again to go on after an interruption.
+gen_sheets.py. With --gpus=N and --share=M, N x M are trained at once. Run again to go on after an interruption, and
+with a larger --kimg to train longer.
 """
 
 import argparse
@@ -17,7 +18,14 @@ import statistics
 import subprocess
 import sys
 
+from PIL import Image, ImageDraw, ImageFont
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # Run as a script from any folder.
+
+from gen_sheets import HEADING  # noqa: E402  (needs the path above)
+
+MARGIN = 90  # Pixels beside the sheets, for what the rows are.
 # The layout decides about the two side views alone, which a mesh that paints the front plane does not have.
 PLANES = {
     'aligned': ('--plane-layout=aligned', '--blend-planes=all'),
@@ -30,6 +38,7 @@ CHANGES = {
     'painted planes: all (aligned) to front': (0, 'aligned', 'front'),
     'mesh shown to D: waves to none': (1, 'waves', 'none'),
 }
+PEOPLE, SHOWN = 4, 2  # On the sheets of a run; on those of all runs side by side.
 METRICS = ('kid5k_mobilenet', 'aed', 'apd', 'follow', 'id', 'depth', 'reprojection', 'animation')
 
 
@@ -45,7 +54,7 @@ def options():
     parser.add_argument('--metrics', default=','.join(METRICS), help='[default: %(default)s]')
     parser.add_argument('--gpus', type=int, default=0, help='0: the CPU')
     parser.add_argument('--share', type=int, default=1, help='runs at once on each GPU [default: %(default)s]')
-    parser.add_argument('--cfg', default='demo', help='preset [default: %(default)s]')
+    parser.add_argument('--cfg', default='demo128', help='preset [default: %(default)s]')
     parser.add_argument('train', nargs='*', help='further options of train_next3d.py for all, after --')
     return parser.parse_args()
 
@@ -78,13 +87,13 @@ def run(planes, render, seed, arguments, gpu):
     if not results.exists():
         text = call(
             'calc_metrics.py', f'--network={network}', f'--data={arguments.test_data}',
-            f'--metrics={arguments.metrics}', f'--num={arguments.num}', '--batch=16', f'--device={device}',
+            f'--metrics={arguments.metrics}', f'--num={arguments.num}', '--batch=32', f'--device={device}',
             '--verbose=False', gpu=gpu, log=folder / 'log.txt',
         )  # fmt: skip
         lines = [json.loads(line) for line in text.splitlines() if line.startswith('{')]
         results.write_text(json.dumps({line['metric']: line for line in lines}))
-    call('gen_sheets.py', f'--network={network}', '--seeds=0-3', f'--outdir={folder}', f'--device={device}', gpu=gpu,
-         log=folder / 'log.txt')  # fmt: skip
+    call('gen_sheets.py', f'--network={network}', f'--seeds=0-{PEOPLE - 1}', f'--outdir={folder}', f'--device={device}',
+         gpu=gpu, log=folder / 'log.txt')  # fmt: skip
     return {name: value for line in json.loads(results.read_text()).values() for name, value in line['results'].items()}
 
 
@@ -129,8 +138,22 @@ def _cell(value, error, sign=''):
     return ' ± '.join(told)
 
 
+def side_by_side(pictures):
+    """Return the first rows of sheets {label: picture} below each other, under one heading."""
+    first = next(iter(pictures.values()))
+    side = (first.height - HEADING) // PEOPLE
+    whole = Image.new('RGB', (MARGIN + first.width, HEADING + len(pictures) * SHOWN * side), 'white')
+    whole.paste(first.crop((0, 0, first.width, HEADING)), (MARGIN, 0))
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(16)
+    for number, (label, picture) in enumerate(pictures.items()):
+        top = HEADING + number * SHOWN * side
+        whole.paste(picture.crop((0, HEADING, first.width, HEADING + SHOWN * side)), (MARGIN, top))
+        draw.text((MARGIN / 2, top + SHOWN * side / 2), label, 'black', font, anchor='mm', align='center')
+    return whole
+
+
 def main():
-    """Train and measure all combinations, then print the tables and write them to table.md."""
+    """Train and measure all combinations; print the tables, write them to table.md and sheets of all side by side."""
     arguments = options()
     seeds = [int(seed) for seed in arguments.seeds.split(',')]
     jobs = [(planes, render, seed) for seed in seeds for planes, render in itertools.product(PLANES, RENDERS)]
@@ -148,6 +171,10 @@ def main():
 
     with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
         found = dict(pool.map(work, jobs))
+    for name in ('cameras.png', 'expressions.png'):
+        sheets = {f'{planes}\n{render}': Image.open(arguments.out / f'{planes}-{render}-{seed}' / name)
+                  for render, planes in itertools.product(RENDERS, PLANES) for seed in seeds[:1]}  # fmt: skip
+        side_by_side(sheets).save(arguments.out / name)
     text = tables(found)
     (arguments.out / 'table.md').write_text(text + '\n')
     print(text)

@@ -69,24 +69,26 @@ def test_r1_is_no_slower_than_ten_generator_phases():
     assert medians['Dreg'] < 10 * medians['Gmain'], medians
 
 
-@pytest.mark.parametrize('batch, batch_gpu', [(4, 4), (8, 4), (12, 4)])
-def test_graphs_train_as_single_launches_do(batch, batch_gpu):
+@pytest.mark.parametrize('batch, disc_render', [(4, None), (8, None), (12, None), (4, 'waves')])
+def test_graphs_train_as_single_launches_do(batch, disc_render):
     """All phases, blur and swaps fading, gradients of several micro-batches: the same numbers to rounding.
 
     So small a learning rate keeps the weights: Adam turns gradients that are zero but for rounding into whole steps,
-    and after some of them two runs without graphs differ as much. What gradients were is seen in Adam's means.
+    and after some of them two runs without graphs differ as much. What gradients were is seen in Adam's means. They may
+    differ by 2 %, or three times as much as two runs without graphs.
     """
     trainers = []
-    for nographs in (True, False):
+    for nographs in (True, True, False):
         config = make_config(
-            'demo', '', '', batch=batch, batch_gpu=batch_gpu, nographs=nographs, gen_pose_cond=True, blur_fade_kimg=0.2,
+            'demo', '', '', batch=batch, batch_gpu=4, nographs=nographs, gen_pose_cond=True, blur_fade_kimg=0.2,
             gpc_reg_fade_kimg=0.05, topology_path=str(TEMPLATE), style_mixing_prob=0.5, glr=1e-9, dlr=1e-9,
+            disc_render=disc_render,
         )
         trainer = bm_training.Trainer(config, bm_training.new_networks(config), Ranks(0, 1, 'cuda'), Collector())
         for iteration in range(6):
             trainer.step(bm_training.random_data(trainer, iteration))
         trainers.append(trainer)
-    plain, captured = trainers
+    plain, _, captured = trainers
     assert plain._graphs is None and len(captured._graphs._captured) == 4
     assert set(plain.stats.state_dict()) == set(captured.stats.state_dict())
     for name, expected in plain.stats.state_dict().items():
@@ -95,16 +97,17 @@ def test_graphs_train_as_single_launches_do(batch, batch_gpu):
         assert captured.stats.state_dict()[name] == pytest.approx(expected, rel=2e-2, abs=1e-3), name
     for name in ('G', 'D'):
         states = [trainer._optimizers[name].state for trainer in trainers]
-        pairs = [
+        triples = [
             [state[p]['exp_avg'] for state, p in zip(states, parameters)]
             for parameters in zip(*(getattr(trainer.networks, name).parameters() for trainer in trainers))
             if any(state.get(p) for state, p in zip(states, parameters))  # The others have no gradients.
         ]
-        largest = max(float(a.norm()) for a, _ in pairs)
+        largest = max(float(a.norm()) for a, _, _ in triples)
         assert largest > 0
-        for number, (a, b) in enumerate(pairs):
-            assert float((a - b).norm()) < 2e-2 * float(a.norm()) + 1e-4 * largest, (name, number)
-    averages = [trainer.networks.G.backbone.mapping.w_avg for trainer in trainers]
+        for number, (a, again, b) in enumerate(triples):
+            rounding = max(2e-2 * float(a.norm()), 3 * float((a - again).norm()))
+            assert float((a - b).norm()) < rounding + 1e-4 * largest, (name, number)
+    averages = [trainer.networks.G.backbone.mapping.w_avg for trainer in (plain, captured)]
     assert torch.allclose(*averages, atol=1e-4)
 
 

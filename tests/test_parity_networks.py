@@ -144,7 +144,7 @@ def r1(d, images, c):
 
 
 def check_gradient_norms(label, d, norms, sums=()):
-    """Compare norms of gradients; `sums`: beginnings of names that are summed over more pixels than floats can count."""
+    """Compare norms of gradients; `sums`: how names of those begin that are summed over a million pixels."""
     for name, norm in norms.items():
         grad = d.get_parameter(name).grad
         # A bias in front of the last layer leaves the penalty as it is: the reference has an exact zero or no gradient.
@@ -178,7 +178,8 @@ def test_dual_discriminator():
     agrees('discriminator (dual), R1', d_raw, a['r1_raw'], 'gradient')
     agrees('discriminator (dual), R1', penalty, a['r1_penalty'], 'gradient')
     (penalty * 2).mean().backward()
-    check_gradient_norms('discriminator (dual), R1 second gradient', d, info['grad_norms'], ['b512.fromrgb', 'b512.conv0'])
+    sums = ['b512.fromrgb', 'b512.conv0']
+    check_gradient_norms('discriminator (dual), R1 second gradient', d, info['grad_norms'], sums)
     d.requires_grad_(False)
     pair = {'image': image.detach(), 'image_raw': raw.detach()}
     agrees('discriminator (dual)', d({k: v[:2] for k, v in pair.items()}, c[:2]), a['logits_b2'], 'network')

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import TINY
 from parity import ROOT
 from PIL import Image
 from simple_head import TEMPLATE
@@ -21,9 +22,12 @@ import train_next3d
 from dataset_preprocessing import pack
 from torch_utils import custom_ops
 from training import pictures
+from training.checkpoint import save_snapshot
+from training.config import EG3DConfig
 from training.data_checks import check_before_training
 from training.dataset import open_source
 from training.discriminator import Discriminator
+from training.generator import EG3DGenerator
 from training.run_dir import load_config
 from training.train_config import DEFAULTS, PRESETS, TrainConfig, make_config, preset_of
 from training.trainer import layers_to_freeze, new_networks
@@ -135,7 +139,7 @@ def test_the_published_command_word_for_word(data, tmp_path, monkeypatch):
         'label_length': 25, 'resolution': 512, 'loss.r1_gamma': 4.0, 'loss.gpc_reg_prob': 0.5,
         'loss.gpc_reg_fade_kimg': 0.0, 'loss.blur_init_sigma': 0.0, 'ema_rampup': None, 'ada_kimg': 100.0,
         'discriminator.disc_c_noise': 1.0, 'discriminator.kind': 'dual', 'generator.c_gen_conditioning_zero': False,
-        'generator.superresolution': 'SuperresolutionHybrid8XDC', 'generator.plane_layout': 'next3d',
+        'generator.superresolution': 'SuperresolutionHybrid8XDC', 'generator.plane_layout': 'aligned',
     }
     assert {path: entry(config, path) for path in expected} == expected
     assert not (tmp_path / 'home').exists()
@@ -185,7 +189,7 @@ ACCEPTED = [
     ('sr_noise_mode', 'random', 'generator.superresolution_noise_mode', 'random'),
     ('g_num_fp16_res', '2', 'generator.num_fp16_res', 2), ('sr_num_fp16_res', '0', 'generator.sr_num_fp16_res', 0),
     ('d_num_fp16_res', '1', 'discriminator.num_fp16_res', 1),
-    ('plane_layout', 'aligned', 'generator.plane_layout', 'aligned'),
+    ('plane_layout', 'next3d', 'generator.plane_layout', 'next3d'),
     ('blend_planes', 'front', 'generator.blend_planes', 'front'),
     ('discriminator_version', 'single', 'discriminator.kind', 'single'),
     ('neural_rendering_resolution_initial', '48', 'loss.rendering_resolution_initial', 48),
@@ -405,7 +409,8 @@ def test_cameras_of_other_data_sets(data):
         preset_of('demo', 512)
 
 
-@pytest.mark.parametrize('preset, most', [('demo', 7e6), ('toy', 1e6)])  # 7 million in float16 are 16 MB with the mesh.
+# 7 million in float16 are 16 MB with the mesh.
+@pytest.mark.parametrize('preset, most', [('demo', 7e6), ('demo128', 6e6), ('toy', 1e6)])
 def test_small_presets_can_be_built(preset, most):
     config = make_config(preset, 'runs', 'data', topology_path=str(TEMPLATE))
     networks = new_networks(config)
@@ -567,9 +572,39 @@ def test_a_run_starts_from_the_weights_of_another(first_run, data, tmp_path):
     assert f'Starting from {snapshot}' in said
     (folder,) = tmp_path.glob('0*')
     assert load_config(folder).loss.blur_init_sigma == 10.0
+    assert load_config(folder).generator.plane_layout == load_config(first_run[0]).generator.plane_layout == 'aligned'
     before, after = (layers_to_freeze(discriminator_of(x), 3) for x in (first_run[0], folder))
     same = [torch.equal(a.weight, b.weight) for a, b in zip(before, after)]
     assert same == [True, True, False]
+
+
+def test_planes_are_those_of_the_weights_to_start_from(data, tmp_path):
+    """Published Next3D weights were trained with other planes than new runs are; EG3D's have none of a mesh."""
+    config = make_config('toy', '', '', plane_layout='next3d', blend_planes='front').generator
+    network = new_networks(make_config('toy', '', '', topology_path=str(TEMPLATE))).G
+    for name, content in {'G': {'G': network}, 'G_ema': {'G_ema': network}}.items():
+        network.config = config
+        save_snapshot(tmp_path / f'{name}.pkl', content)
+    toy = ('--cfg=toy', *places(data))
+
+    def planes(*words):
+        generator = dry_run(*toy, *words).generator
+        return generator.plane_layout, generator.blend_planes
+
+    assert planes() == planes(f'--resume={tmp_path}/gone.pkl') == ('aligned', 'all')
+    assert planes(f'--resume={tmp_path}/G.pkl') == planes(f'--resume={tmp_path}/G_ema.pkl') == ('next3d', 'front')
+    assert planes(f'--resume={tmp_path}/G.pkl', '--plane_layout=aligned') == ('aligned', 'front')
+    save_snapshot(tmp_path / 'eg3d.pkl', {'G_ema': EG3DGenerator(EG3DConfig(**TINY))})
+    assert planes(f'--resume={tmp_path}/eg3d.pkl') == ('aligned', 'all')
+    (tmp_path / 'damaged.pkl').write_bytes((tmp_path / 'G.pkl').read_bytes()[:-100])
+    assert planes(f'--resume={tmp_path}/damaged.pkl') == ('aligned', 'all')
+
+
+def test_a_rendering_of_the_preset_can_be_left_out():
+    assert make_config('demo', '', '').disc_render == make_config('demo128', '', '').disc_render == 'waves'
+    for off in (None, False):
+        config = make_config('demo', '', '', disc_render=off)
+        assert (config.disc_render, config.discriminator.render_channels) == (None, 0)
 
 
 def test_weights_that_cannot_be_read_are_told_in_one_line(data, checked, tmp_path):

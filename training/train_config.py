@@ -161,7 +161,8 @@ SUPERRESOLUTION = {
     128: 'SuperresolutionHybrid2X',
 }
 
-# Settings by the names of their options, as published. None: follows from others (see `make_config`).
+# Settings by the names of their options, as published but for plane_layout (docs/experiments.md). None: follows from
+# others (see `make_config`).
 DEFAULTS = dict(
     resolution=None, sr_module=None, gamma=None, batch=32, batch_gpu=None, gpus=1, cbase=32768, cmax=512, d_cbase=None,
     d_cmax=None, glr=0.0025, dlr=0.002, map_depth=2, mbstd_group=4, freezed=0, aug='noaug', p=0.2, target=0.6,
@@ -172,7 +173,7 @@ DEFAULTS = dict(
     gen_pose_cond=False, gen_exp_cond=False, c_scale=1.0, gpc_reg_prob=0.5, gpc_reg_fade_kimg=1000.0, disc_c_noise=0.0,
     sr_noise_mode='none', style_mixing_prob=0.0, sr_num_fp16_res=4, g_num_fp16_res=0, d_num_fp16_res=4,
     density_reg=0.25, density_reg_every=4, density_reg_p_dist=0.004, density_region='box', reg_type='l1',
-    decoder_lr_mul=1.0, precision='fp32', plane_layout='next3d', blend_planes='all', discriminator_version='dual',
+    decoder_lr_mul=1.0, precision='fp32', plane_layout='aligned', blend_planes='all', discriminator_version='dual',
     disc_render=None, disc_gaze=0.0, num_depths=None, generator={}, camera_setup='ffhq', desc='', device='cuda',
     dist_timeout=600.0, topology_path='data/demo/head_template.obj', rdata=None,
 )
@@ -183,17 +184,26 @@ PRESETS = {
     # The demo avatar: under 16 MB in float16, half a second a picture on a laptop.
     'demo': dict(
         resolution=256, gamma=1.0, kimg=2000.0, snap=10, cbase=8192, cmax=96, d_cbase=8192, d_cmax=256, num_depths=24,
-        blur_fade_kimg=50.0, gpc_reg_fade_kimg=200.0, sr_num_fp16_res=0, plane_layout='aligned',
+        blur_fade_kimg=50.0, gpc_reg_fade_kimg=200.0, sr_num_fp16_res=0, disc_render='waves',
         generator=dict(
             z_dim=128, w_dim=128, sr_channels=(64, 32), plane_resolution=128, texture_resolution=128,
             mouth_resolution=64, blending_lowest=32, has_unused_mappings=False,
+        ),
+    ),
+    # The same at half the size in every length, a quarter of the work: for experiments.
+    'demo128': dict(
+        resolution=128, gamma=0.5, kimg=2000.0, snap=10, cbase=4096, cmax=96, d_cbase=4096, d_cmax=256, num_depths=24,
+        neural_rendering_resolution_initial=32, blur_fade_kimg=50.0, gpc_reg_fade_kimg=200.0, sr_num_fp16_res=0,
+        disc_render='waves',
+        generator=dict(
+            z_dim=128, w_dim=128, sr_channels=(64, 32), plane_resolution=64, texture_resolution=64,
+            mouth_resolution=32, blending_lowest=16, has_unused_mappings=False,
         ),
     ),
     # Two iterations in seconds on a CPU: for tests, and for a first try of a data set.
     'toy': dict(
         resolution=128, gamma=1.0, batch=4, kimg=0.008, tick=0.004, snap=1, cbase=256, cmax=8, d_cbase=512,
         num_depths=8, neural_rendering_resolution_initial=16, sr_num_fp16_res=0, d_num_fp16_res=0,
-        plane_layout='aligned',
         generator=dict(
             z_dim=16, w_dim=16, sr_channels=(8, 4), plane_resolution=32, texture_resolution=32, plane_channels=8,
             decoder_hidden=16, mouth_resolution=16, blending_lowest=8, has_unused_mappings=False,
@@ -232,6 +242,7 @@ def make_config(preset: str, outdir: str, data: str, **given) -> TrainConfig:
     if unknown:
         raise ValueError(f'settings: expected some of DEFAULTS, got {", ".join(unknown)}')
     s = {**DEFAULTS, **PRESETS[preset], **given}
+    s['disc_render'] = s['disc_render'] or None  # False: off where the preset has it on.
     _check(s)
     is_resumed = s['resume'] is not None
     per_process = s['batch'] // s['gpus']
@@ -304,7 +315,7 @@ def _discriminator(s):
         num_fp16_res=s['d_num_fp16_res'],
         mbstd_group_size=s['mbstd_group'],
         disc_c_noise=s['disc_c_noise'],
-        render_channels=0 if s['disc_render'] is None else 3,
+        render_channels=3 if s['disc_render'] else 0,
     )
 
 
