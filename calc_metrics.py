@@ -10,6 +10,7 @@ import click
 import torch
 
 import cli
+import legacy
 import measure
 from metrics import registry
 from metrics.subject import MetricError
@@ -87,6 +88,8 @@ def main(ctx, **options):
     if options['device'] == 'cuda' and not is_launched() and found < options['gpus']:
         raise click.UsageError(f'--gpus={options["gpus"]}: expected as many GPUs here, found {found}.')
     measure.expect_files(options['metrics'], files_of(options))
+    requests = [(name, options['num']) for name in options['metrics']]
+    measure.expect_data(requests, open_source(options['data'], options['rdata']), options['reals'])
     if is_launched():
         run_rank(options)
     elif options['gpus'] == 1:
@@ -114,7 +117,7 @@ def run_rank(options):
             run(options, ranks)
         return 0
 
-    cli.run_rank(work, MetricError)
+    cli.run_rank(work, (MetricError, legacy.NetworkFileError, click.ClickException))
 
 
 def run(options, ranks):

@@ -84,7 +84,7 @@ def run_rank(work: Callable[[], int], agreed: type[Exception] | tuple[type[Excep
         status = work()
     except ToldElsewhereError:
         status = USER_STATUS
-    except (*USER_ERRORS, OSError) as error:
+    except (*USER_ERRORS, OSError, click.ClickException) as error:
         if int(os.environ['RANK']) == 0 or not isinstance(error, agreed):
             click.echo(f'Error: {describe(error)}', err=True)
         status = USER_STATUS

@@ -16,8 +16,9 @@ import torch
 
 from dnnlib.util import cache_root, open_url
 from geometry.head_model import load_embedded_head
+from geometry.meshes import NUM_LANDMARKS
 from geometry.paths import fixed_path, path_labels
-from metrics import distribution, estimator, features, registry
+from metrics import avatar, distribution, estimator, features, registry
 from metrics.subject import Drawn, MetricError, Request, Subject, Truth
 from torch_utils.distributed import Ranks
 from training import evaluation
@@ -155,8 +156,11 @@ def read_truth(source: Source) -> Truth | None:
 def content_digest(source: Source, items: Sequence[int]) -> str:
     """Return a hash of the content of items' pictures."""
     names = [source.names[int(i)] for i in items]
-    if isinstance(source, PackedSource):  # Its archive was hashed when it was packed.
-        return hashlib.sha256(json.dumps([source.manifest['sha256'], names]).encode()).hexdigest()
+    if isinstance(source, PackedSource):  # An archive tells the checksum of each picture.
+        with zipfile.ZipFile(source.images.path) as archive:
+            entries = [archive.getinfo(name) for name in names]
+        content = [[entry.filename, entry.CRC, entry.file_size] for entry in entries]
+        return hashlib.sha256(json.dumps([source.manifest['sha256'], content]).encode()).hexdigest()
     digest = hashlib.sha256()
     for name in names:
         digest.update(hashlib.sha256(source.images.read(name)).digest())
@@ -175,7 +179,7 @@ def feature_cache(folder: str | None = None) -> pathlib.Path:
 
 
 def expect_files(names: Sequence[str], files: Files = Files()) -> None:
-    """Raise MetricError for unknown metrics, and for the first file or package that one of them lacks."""
+    """Raise MetricError for unknown metrics, and for the first file or package that one lacks or that is another."""
     registry.expect_names(list(names))
     if any(name.startswith(('fid', 'kid')) for name in names):
         distribution.torchmetrics_classes()
@@ -183,16 +187,41 @@ def expect_files(names: Sequence[str], files: Files = Files()) -> None:
         if need == 'estimator':
             load_estimator(files, torch.device('cpu'))
         elif need is not None:
-            features.locate(need, getattr(files, need))
+            features.load_network(need, getattr(files, need), torch.device('cpu'))
+
+
+def expect_data(requests: Sequence[tuple[str, int | None]], source: Source, of_reals: bool = False) -> None:
+    """Raise MetricError where a data set cannot serve metrics, each with a number of pictures (None: its own).
+
+    Nothing is drawn for one metric before another is found to be impossible, and no run ends at its first snapshot.
+    of_reals: the data set's pictures are measured themselves.
+    """
+    for name, num in requests:
+        registry.expect_items(name, num, len(source.names), of_reals)
+    truth = read_truth(source) if requests else None
+    if any(name == 'animation' for name, _ in requests):
+        avatar.expect_truth(truth, _head(source.mesh(0).shape[0] - NUM_LANDMARKS, truth))
 
 
 def _evaluate(name: str, given: evaluation.Evaluation) -> dict[str, Any]:
     """Measure one metric of a run's averaged generator; the metric of `training.evaluation`."""
-    subject = _subject_of_run(given.generator, given.dataset.source, given.ranks)
-    drawer = NetworkDrawer(given.generator, given.rendering_resolution)
-    line = next(registry.measure([name], dataclasses.replace(subject, drawer=drawer, num=given.num)))
+    of_run = given.generator, given.dataset.source, given.ranks
+    try:
+        subject = _subject_of_snapshot(*of_run, given.nimg, given.rendering_resolution, given.num)
+        line = next(registry.measure([name], subject))
+    except MetricError as error:
+        raise evaluation.EvaluationError(str(error)) from error
     sha256 = given.ranks.first_alone(lambda: _digest_if_there(given.snapshot))
-    return {**line.pop('results'), 'about': {**line, 'snapshot_sha256': sha256}}
+    about = {'snapshot_sha256': sha256, 'rendering_resolution': given.rendering_resolution}
+    return {**line.pop('results'), 'about': {**line, **about}}
+
+
+@functools.lru_cache(maxsize=2)
+def _subject_of_snapshot(generator, source, ranks, nimg, resolution, num):
+    """Metrics of one snapshot share pictures and features; the same weights are others at another nimg."""
+    del nimg
+    drawer = NetworkDrawer(generator, resolution)
+    return dataclasses.replace(_subject_of_run(generator, source, ranks), drawer=drawer, num=num)
 
 
 @functools.lru_cache(maxsize=1)

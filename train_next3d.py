@@ -127,7 +127,7 @@ def refused(name, reason):
 
 def check_metrics(_ctx, _param, value):
     """Split the list of metrics and refuse names that nothing registered."""
-    names = [] if (value or 'none').lower() == 'none' else value.split(',')
+    names = [] if (value or 'none').lower() == 'none' else [name.strip() for name in value.split(',')]
     bases = [evaluation.split_name(name)[0] for name in names]
     unknown = [name for name in bases if name not in evaluation.names()]
     if unknown:
@@ -296,7 +296,10 @@ def main(ctx, dry_run, fresh, **options):
         click.echo(json.dumps(config.to_dict(), indent=1))
         return
     check_machine(config)
-    measure.expect_files([evaluation.split_name(name)[0] for name in config.metrics])
+    requests = [evaluation.split_name(name) for name in config.metrics]
+    measure.expect_files([name for name, _ in requests])
+    if requests:
+        measure.expect_data(requests, open_source(config.data, config.rdata))
     if is_launched():
         run_rank(config.to_dict(), fresh)
     elif config.gpus == 1:

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, grid_sample, interpolate
 from geometry.cameras import CAM2WORLD, camera_rays, local_rays, project_points, split_label
 from geometry.expressions import CONTROLS, controlled
 from geometry.meshes import NUM_LANDMARKS, to_world
-from metrics.subject import MetricError, Request, Subject, expect_items, summarise
+from metrics.subject import MetricError, Request, Subject, summarise
 
 PAIRS = 20  # Cameras and expressions of a latent.
 TURN_DEG = 15.0  # Between the two views of `reprojection`.
@@ -33,13 +33,12 @@ def driven(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
     follow: correlation of driving and re-estimated jaw, blink, gaze (x: sideways, y: up), smile and brows.
 
     Each latent is drawn with several items' cameras and meshes. Values: the estimator's own errors on the data set's
-    pictures of the same items, then those of the drawn pictures; apd in radians. Standard errors take latents as
-    independent, pictures of one latent not. Where no coefficients are known, the driving ones are the estimates of the
-    items' pictures, and the estimator's own error is not known.
+    pictures of the same items, then those of the drawn pictures; apd in radians. Standard errors take latents and items
+    as independent, pictures of one latent or one item not (those of follow: latents alone). Where no coefficients are
+    known, the driving ones are the estimates of the items' pictures, and the estimator's own error is not known.
     """
     latents, pairs = split_count(subject.num or count)
     total = latents * pairs
-    expect_items(subject, min(total, pairs), 'aed')
     estimator = subject.estimator()
     has_truth = subject.truth is not None and tuple(subject.truth.expression_names) == tuple(estimator.expression_names)
 
@@ -59,7 +58,10 @@ def driven(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
     names = controlled(estimator.expression_names, FOLLOWED)
     mixture = _mixture(names, estimator.expression_names)
     rows = subject.rows(total, 4 + 3 * len(names), work, 'expressions and poses').view(latents, pairs, -1)
-    values = summarise(rows[..., :4].mean(dim=1), ('aed_estimator', 'apd_estimator', 'aed', 'apd'))
+    items = torch.tensor(subject.items(range(total)))
+    owners = torch.arange(latents).repeat_interleave(pairs)
+    names_of_errors = ('aed_estimator', 'apd_estimator', 'aed', 'apd')
+    values = summarise(rows[..., :4].flatten(0, 1), names_of_errors, owners, items)
     truth, own, found = rows[..., 4:].unflatten(-1, (3, len(names))).unbind(dim=2)
     for ending, estimate in {'_estimator': own, '': found}.items():
         for name, a, b in zip(names, truth.unbind(dim=-1), estimate.unbind(dim=-1), strict=True):
@@ -68,7 +70,8 @@ def driven(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
     if not has_truth:
         values = {key: value for key, value in values.items() if '_estimator' not in key}
     driving = 'coefficients.npz' if has_truth else 'estimates of the pictures of the items'
-    return values, {'num_latents': latents, 'num_pairs': pairs, **_about(estimator), 'driving': driving}
+    counts = {'num_latents': latents, 'num_pairs': pairs, 'num_items': len(items.unique())}
+    return values, {**counts, **_about(estimator), 'driving': driving}
 
 
 def split_count(num: int, pairs: int = PAIRS) -> tuple[int, int]:
@@ -118,7 +121,6 @@ def identity(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
     people of the data set, and id_others, the same for different latents: what no resemblance looks like.
     """
     latents = max(2, (subject.num or count * 3) // 3)
-    expect_items(subject, 4, 'id')
     estimator = subject.estimator()
 
     def work(numbers):
@@ -143,7 +145,8 @@ def identity(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
 
     rows = subject.rows(latents, 4, work, 'identities')
     values = summarise(rows, ('id_estimator_others', 'id_others', 'id_views', 'id_expressions'))
-    return values, {'num_latents': latents, **_about(estimator), 'same_shape': subject.head is not None}
+    counts = {'num_latents': latents, 'num_items': min(2 * latents, len(subject.dataset))}
+    return values, {**counts, **_about(estimator), 'same_shape': subject.head is not None}
 
 
 def with_expression(subject, items, others):
@@ -175,8 +178,9 @@ def depth(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         ], dim=1)  # fmt: skip
 
     rows = subject.rows(total, 3, work, 'depths')
-    values = summarise(rows, ('depth_mae', 'depth_bias', 'depth_mse_normalised'))
-    return values, {'num_pictures': total, 'estimator': 'none: the mesh is rasterised exactly'}
+    items = torch.tensor(subject.items(range(total)))
+    values = summarise(rows, ('depth_mae', 'depth_bias', 'depth_mse_normalised'), items)
+    return values, {'num_pictures': total, 'num_items': len(items.unique()), 'estimator': 'none: the mesh is rasterised exactly'}
 
 
 def axis_depth(distance: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -228,8 +232,10 @@ def reprojection(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         return compare_views(here, there, c, c_other, mesh)
 
     rows = subject.rows(total, 3, work, 'views')
-    values = summarise(rows, ('reprojection_error', 'reprojection_depth', 'reprojection_seen'))
-    return values, {'num_pairs': total, 'turn_deg': TURN_DEG, 'estimator': 'none: depths are those of the pictures'}
+    items = torch.tensor(subject.items(range(total)))
+    values = summarise(rows, ('reprojection_error', 'reprojection_depth', 'reprojection_seen'), items)
+    counts = {'num_pairs': total, 'num_items': len(items.unique())}
+    return values, {**counts, 'turn_deg': TURN_DEG, 'estimator': 'none: depths are those of the pictures'}
 
 
 def turned(c: torch.Tensor, angle_deg: float) -> torch.Tensor:
@@ -268,8 +274,7 @@ def animation(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
     moves by a tenth of the largest displacement or more, with a margin of 1/32 of the side. animation_inside,
     animation_outside: mean absolute change of colours from 0 to 1; animation_leak: the second over the first.
     """
-    if subject.truth is None or subject.head is None:
-        raise MetricError('animation: expected coefficients.npz beside the data set, to move expressions; found none')
+    expect_truth(subject.truth, subject.head)
     total = subject.num or count
 
     def work(numbers):
@@ -284,9 +289,17 @@ def animation(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         return torch.stack([inside, outside, outside / inside], dim=1)
 
     rows = subject.rows(total, 3, work, 'moves')
-    values = summarise(rows, ('animation_inside', 'animation_outside', 'animation_leak'))
+    items = torch.tensor(subject.items(range(total)))
+    values = summarise(rows, ('animation_inside', 'animation_outside', 'animation_leak'), items)
     names = ['+'.join(move) for move in MOVES]
-    return values, {'num_pairs': total, 'moves': names, 'estimator': 'none: the region is the rasterised mesh\'s'}
+    counts = {'num_pairs': total, 'num_items': len(items.unique())}
+    return values, {**counts, 'moves': names, 'estimator': "none: the region is the rasterised mesh's"}
+
+
+def expect_truth(truth, head) -> None:
+    """Raise MetricError where a data set's expressions cannot be moved: no coefficients, or not of a head at hand."""
+    if truth is None or head is None:
+        raise MetricError('animation: expected coefficients.npz beside the data set, to move expressions; found none')
 
 
 def _moved(subject, items, moves):

@@ -13,13 +13,14 @@ from torch import nn
 
 from dnnlib.util import atomic_write
 from metrics.features import FeatureNetwork
-from metrics.subject import MetricError, Request, Subject, expect_items
+from metrics.subject import MetricError, Request, Subject
 
 FID_GROUPS = 8  # Of generated pictures: each is left out once for the standard error.
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+KID_SUBSETS, KID_SUBSET_SIZE, LEAST_KID_SUBSET = 100, 1000, 2
 NEIGHBOUR = 3  # Precision and recall: the radius of a picture is the distance to its third neighbour.
 ROWS = 4096  # Of distances at a time.
-CACHE_VERSION = 1
+ALONE = {'sync_on_compute': False}  # One process has all features and computes: the others take no part.
+CACHE_VERSION = 2
 
 
 class _Passed(nn.Module):
@@ -54,7 +55,7 @@ def frechet_distance(reals: torch.Tensor, fakes: torch.Tensor) -> tuple[float, f
     The error is that of the generated pictures alone: a jackknife that leaves out one of eight groups at a time.
     """
     def distance(part):
-        metric = torchmetrics_classes()[0](feature=_Passed(reals.shape[1])).to(reals.device)
+        metric = torchmetrics_classes()[0](feature=_Passed(reals.shape[1]), **ALONE).to(reals.device)
         metric.update(reals.double(), real=True)
         metric.update(part.double(), real=False)
         return float(metric.compute())
@@ -76,10 +77,10 @@ def kernel_distance(reals: torch.Tensor, fakes: torch.Tensor, seed: int) -> tupl
     """
     count = min(len(reals), len(fakes))
     size = min(KID_SUBSET_SIZE, count // 4)
-    if size < 2:
+    if size < LEAST_KID_SUBSET:
         raise MetricError(f'KID: expected at least 8 pictures of each kind, found {count}')
-    metric = torchmetrics_classes()[1](feature=_Passed(reals.shape[1]), subsets=KID_SUBSETS, subset_size=size)
-    metric = metric.to(reals.device)
+    sizes = {'subsets': KID_SUBSETS, 'subset_size': size}
+    metric = torchmetrics_classes()[1](feature=_Passed(reals.shape[1]), **sizes, **ALONE).to(reals.device)
     metric.update(reals.double(), real=True)
     metric.update(fakes.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -175,13 +176,14 @@ def fake_features(subject: Subject, network: FeatureNetwork, count: int) -> torc
 def measure(subject: Subject, kind: str, features: str, count: int) -> tuple[dict[str, float], dict]:
     """Return the values of 'fid', 'kid' or 'pr' with `count` pictures of each kind, and what they were made with."""
     count = subject.num or count
-    expect_items(subject, count, kind)
     network = subject.network(features)
     key = features, count
     if key not in subject.memo:
         subject.memo[key] = real_features(subject, network, count), fake_features(subject, network, count)
     reals, fakes = subject.memo[key]
-    about = {'feature_network': network.name, 'feature_sha256': network.sha256, 'num_real': count, 'num_fake': count}
+    shared = max(0, 2 * count - len(subject.dataset))  # Items whose picture is compared with one of their own camera.
+    about = {'feature_network': network.name, 'feature_sha256': network.sha256, 'num_real': count, 'num_fake': count,
+             'num_shared': min(shared, count)}  # fmt: skip
     values = subject.ranks.first_alone(lambda: _values(kind, reals, fakes, subject.seed))
     return values, about
 

@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate, normalize, relu
 
 from geometry.cameras import split_label
 from metrics.subject import MetricError
+from torch_utils.tf32 import without_tf32
 
 DEFAULT_ESTIMATOR = pathlib.Path(__file__).parents[1] / 'data' / 'estimator' / 'estimator.npz'
 VARIABLE = 'NEXT3D_ESTIMATOR'
@@ -119,6 +120,7 @@ class RegressorEstimator:
         return self
 
     @torch.no_grad()
+    @without_tf32()
     def __call__(self, pictures: torch.Tensor, _c=None, _v=None) -> Estimate:
         """Return the estimate of pictures [N, 3, R, R] uint8; camera and mesh are not looked at."""
         expression, pose, identity = self.regressor(shrunk(pictures) / 127.5 - 1)

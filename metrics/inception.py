@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
+from torch_utils.tf32 import without_tf32
+
 NUM_FEATURES, INPUT_SIDE = 2048, 299
 EPSILON = 0.001
 
@@ -154,6 +156,7 @@ class InceptionFeatures(nn.Module):
         self.Mixed_7b = BlockE(1280, _mean)
         self.Mixed_7c = BlockE(2048, lambda x: max_pool2d(x, 3, 1, 1))
 
+    @without_tf32()
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return features of pictures of any size, resized to 299 pixels as TensorFlow 1 does: without smoothing."""
         x = (resize_from_corner(pictures.float(), INPUT_SIDE) - 128) / 128

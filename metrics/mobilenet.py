@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
+from torch_utils.tf32 import without_tf32
+
 NUM_FEATURES, INPUT_SIDE = 1280, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # Of ImageNet, as the weights were trained with.
 # Table 2 of the paper: expansion, channels, blocks, stride of the first.
@@ -49,6 +51,7 @@ class MobileNetFeatures(nn.Module):
         self.register_buffer('mean', torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer('std', torch.tensor(STD)[:, None, None], persistent=False)
 
+    @without_tf32()
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return features of pictures of any size, resized to 224 pixels with smoothing."""
         x = interpolate(pictures.float() / 255, size=INPUT_SIDE, mode='bilinear', antialias=True)

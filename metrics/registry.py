@@ -17,20 +17,22 @@ WORDS = {
           'pictures (Kynkäänniemi et al. 2019)',
 }  # fmt: skip
 THOUSANDS = (5, 10, 50)
+LEAST = {'fid': 2, 'kid': 4 * distribution.LEAST_KID_SUBSET, 'pr': distribution.NEIGHBOUR + 1}
 
 
 class Metric(NamedTuple):
     """A metric: its definition in words, and what measures it.
 
     count: how many pictures or latents in full. needs: 'inception', 'mobilenet', 'estimator' or None: the file it is
-    measured with. of_reals: whether a data set's own pictures can take the network's place. measure: (subject, count)
-    -> values, what they were made with.
+    measured with. of_reals: whether a data set's own pictures can take the network's place. items: count -> how many
+    items a data set has to have. measure: (subject, count) -> values, what they were made with.
     """
 
     definition: str
     count: int
     needs: str | None
     of_reals: bool
+    items: Callable[[int], int]
     measure: Callable[[Subject, int], tuple[dict[str, float], dict]]
 
 
@@ -43,7 +45,8 @@ def _distributions():
                 yield f'{kind}{thousands}k{ending}', Metric(
                     f'{words}; {features} features'
                     + ('' if features == 'inception' else ', not comparable with published numbers'),
-                    count, features, True, functools.partial(_distribution, kind, features),
+                    count, features, True, functools.partial(max, LEAST[kind]),
+                    functools.partial(_distribution, kind, features),
                 )  # fmt: skip
 
 
@@ -56,14 +59,14 @@ def _words(function):
 
 
 AVATAR = {
-    'aed': (avatar.driven, 10_000, 'estimator'), 'apd': (avatar.driven, 10_000, 'estimator'),
-    'follow': (avatar.driven, 10_000, 'estimator'),
-    'id': (avatar.identity, 1000, 'estimator'), 'depth': (avatar.depth, 1024, None),
-    'reprojection': (avatar.reprojection, 1024, None), 'animation': (avatar.animation, 1024, None),
+    **dict.fromkeys(('aed', 'apd', 'follow'), (avatar.driven, 10_000, 'estimator', lambda n: avatar.split_count(n)[1])),
+    'id': (avatar.identity, 1000, 'estimator', lambda _: 4), 'depth': (avatar.depth, 1024, None, lambda _: 2),
+    'reprojection': (avatar.reprojection, 1024, None, lambda _: 2),
+    'animation': (avatar.animation, 1024, None, lambda _: 2),
 }  # fmt: skip
 METRICS = dict(_distributions()) | {
-    name: Metric(_words(function), count, needs, function is avatar.driven, function)
-    for name, (function, count, needs) in AVATAR.items()
+    name: Metric(_words(function), count, needs, function is avatar.driven, items, function)
+    for name, (function, count, needs, items) in AVATAR.items()
 }
 
 
@@ -74,19 +77,35 @@ def expect_names(names: list[str]) -> None:
         raise MetricError(f'--metrics: expected some of {", ".join(METRICS)}, found {", ".join(unknown) or "none"}')
 
 
+def expect_items(name: str, num: int | None, found: int, of_reals: bool = False) -> None:
+    """Raise MetricError where a data set has fewer items than a metric takes with `num` pictures (None: its own).
+
+    of_reals: the data set's pictures are measured themselves, so that distributions need two sets of them.
+    """
+    metric = METRICS[name]
+    wanted = metric.items(num or metric.count)
+    if of_reals and name.startswith(tuple(WORDS)):
+        wanted *= 2
+    if found < wanted:
+        fewer = '--num, in training NAME-N, takes fewer'
+        raise MetricError(f'{name}: expected {wanted} pictures in the data set, found {found}; {fewer}')
+
+
 def measure(names: list[str], subject: Subject) -> Iterator[dict[str, Any]]:
     """Yield a line of results for each metric as it is found, in the order of names; JSON can hold it (None: NaN).
 
-    aed, apd and follow are measured at once where several are asked for.
+    aed, apd and follow are measured at once.
     """
     expect_names(names)
-    done = {}
+    for name in names:
+        expect_items(name, subject.num, len(subject.dataset))
     for name in names:
         metric = METRICS[name]
         start = time.monotonic()
-        if metric.measure not in done:
-            done[metric.measure] = metric.measure(subject, metric.count)
-        values, about = done[metric.measure]
+        key = metric.measure, subject.num or metric.count
+        if key not in subject.memo:
+            subject.memo[key] = metric.measure(subject, metric.count)
+        values, about = subject.memo[key]
         if metric.measure is avatar.driven:
             values = {key: value for key, value in values.items() if key.startswith(name)}
             if not values:

@@ -63,7 +63,8 @@ class Subject:
     last bits only. network(name): the feature network of a name. estimator(): of expression, pose and identity.
     renderer(resolution): draws meshes (`training.mesh_render.MeshRenderer`). head: model of the data set's heads, None
     where truth is. conditioning: label [25] of identities seen under several cameras. content: hash of the pictures of
-    items. cache: folder of features. memo: features of pictures that several metrics share.
+    items. cache: folder of features. memo: what its metrics share; a subject made of this one by
+    `dataclasses.replace` begins with an empty one.
     """
 
     drawer: Drawer
@@ -81,7 +82,7 @@ class Subject:
     content: Callable[[Sequence[int]], str] | None = None
     cache: pathlib.Path | None = None
     is_quiet: bool = True
-    memo: dict = dataclasses.field(default_factory=dict)
+    memo: dict = dataclasses.field(default_factory=dict, init=False)
 
     def order(self) -> np.ndarray:
         """Return the numbers of all items in an order of the seed's."""
@@ -129,25 +130,36 @@ class Subject:
         return result
 
 
-def expect_items(subject: Subject, wanted: int, metric: str) -> None:
-    """Raise MetricError where the data set has fewer items than a metric wants."""
-    found = len(subject.dataset)
-    if found < wanted:
-        raise MetricError(f'{metric}: expected {wanted} pictures in the data set, found {found}; --num takes fewer')
-
-
-def summarise(rows: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Return means NAME and standard errors NAME_se of columns [N, len(names)]."""
+def summarise(rows: torch.Tensor, names: Sequence[str], *owners: torch.Tensor) -> dict[str, float]:
+    """Return means NAME and standard errors NAME_se of columns [N, len(names)]; owners: see `mean_and_error`."""
     values = {}
     for name, column in zip(names, rows.unbind(dim=1), strict=True):
-        values[name], values[f'{name}_se'] = mean_and_error(column)
+        values[name], values[f'{name}_se'] = mean_and_error(column, *owners)
     return values
 
 
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Return the mean of values [N], those that are not numbers left out, and its standard error (NaN below two)."""
-    values = values[values.isfinite()].double()
-    if not len(values):
-        return float('nan'), float('nan')
-    error = values.std() / len(values) ** 0.5 if len(values) > 1 else values.new_tensor(float('nan'))
-    return float(values.mean()), float(error)
+def mean_and_error(values: torch.Tensor, *owners: torch.Tensor) -> tuple[float, float]:
+    """Return the mean of values [N], those that are not numbers left out, and its standard error (NaN below two).
+
+    owners: up to two tensors [N] of numbers, such as latents and items; values of one owner are not independent
+    (Cameron, Gelbach and Miller 2011: clusters of two ways).
+    """
+    kept = values.isfinite().cpu()
+    values = values.cpu()[kept].double()
+    if len(values) < 2:
+        return (float(values.mean()) if len(values) else float('nan')), float('nan')
+    deviations, alone = values - values.mean(), torch.arange(len(values))
+    variances = [_variance(deviations, owner[kept]) for owner in owners] or [_variance(deviations, alone)]
+    variance = sum(variances) - (_variance(deviations, alone) if len(variances) > 1 else 0)
+    if variance <= 0:  # The difference of estimates may fall below nothing; NaN does not.
+        variance = max(variances)
+    return float(values.mean()), variance**0.5
+
+
+def _variance(deviations, owner):
+    """Return the variance of the mean where values of one owner go together."""
+    numbers = owner.unique(return_inverse=True)[1]
+    sums = torch.zeros(int(numbers.max()) + 1, dtype=torch.float64).index_add_(0, numbers, deviations)
+    if len(sums) < 2:
+        return float('nan')
+    return float(sums.square().sum()) / len(deviations) ** 2 * len(sums) / (len(sums) - 1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from metric_data import Corrupted, MeshDrawer, PictureReader, head_renderer, tiny_network
+from metric_data import Corrupted, MeshDrawer, PictureReader, head_renderer, measure_in_a_rank, tiny_network
 from parity import ROOT
 
 import calc_metrics
@@ -29,7 +29,8 @@ from metrics.estimator import Regressor, Scaling, save_estimator
 from metrics.inception import resize_from_corner
 from metrics.mobilenet import MobileNetFeatures
 from metrics.subject import Drawn, MetricError, Request, mean_and_error
-from torch_utils.distributed import Ranks
+from torch_utils.distributed import Ranks, launch
+from torch_utils.tf32 import without_tf32
 from training.checkpoint import save_snapshot
 from training.dataset import open_source
 from training.generator import Next3DGenerator
@@ -158,7 +159,7 @@ def test_precision_and_recall_by_counting():
 def test_corruption_is_ordered_and_noise_is_bad(subject):
     found = []
     for amount in (0.0, 0.2, 0.5, 1.0):
-        spoiled = dataclasses.replace(subject, drawer=Corrupted(subject.drawer, amount), num=12, memo={})
+        spoiled = dataclasses.replace(subject, drawer=Corrupted(subject.drawer, amount), num=12)
         names = ['fid5k', 'kid5k', 'pr5k', 'aed', 'apd']
         lines = registry.measure(names, spoiled)
         found.append({key: value for line in lines for key, value in line['results'].items()})
@@ -188,10 +189,12 @@ def test_real_features_are_read_from_the_cache_by_content(subject, people, tmp_p
     changed = dataclasses.replace(subject, content=lambda items: 'other')
     distribution.real_features(changed, counting, 10)
     assert sum(calls) == 40
-    kept = next((tmp_path / 'features').glob('*.npy'))
+    kept = next(path for path in (tmp_path / 'features').iterdir() if np.array_equal(np.load(path), first))
+    whole = kept.read_bytes()
     for path in (tmp_path / 'features').iterdir():
         path.write_bytes(b'cut off')
-    assert torch.equal(distribution.real_features(subject, counting, 10), first) and sum(calls) == 50 and kept.exists()
+    assert torch.equal(distribution.real_features(subject, counting, 10), first) and sum(calls) == 50
+    assert kept.read_bytes() == whole
 
 
 def test_camera_and_mesh_are_those_of_one_item_that_is_not_a_real_one(subject):
@@ -254,8 +257,20 @@ def test_one_and_two_processes_find_the_same(network, people, weights, tmp_path)
         assert two['results'] == pytest.approx(one['results'], rel=1e-5)
     status, text = invoke(*words, '--seed=1')
     assert [json.loads(line)['results'] for line in text.splitlines()] != [line['results'] for line in alone]
-    failed = subprocess.run([*command[:-2], '--num=6', '--gpus=2', '--rdata=/nowhere'], capture_output=True, text=True)
+    # Found in the processes, of which the first tells it.
+    other = f'--topology_path={ROOT}/tests/data/simple_head/head_template.obj'
+    failed = subprocess.run([*command, other], capture_output=True, text=True, timeout=300, env=environment)
     assert failed.returncode != 0 and failed.stderr.count('\n') == 1, failed.stderr
+    assert "expected the network's own mesh" in failed.stderr
+
+
+@torchmetrics_only
+def test_one_and_two_processes_find_the_same_distances(people, subject, tmp_path):
+    launch(measure_in_a_rank, (people, tmp_path / 'both.json'), 2)
+    both = json.loads((tmp_path / 'both.json').read_text())
+    alone = registry.measure(['kid5k', 'fid5k', 'pr5k'], dataclasses.replace(subject, num=12))
+    for one, two in zip(alone, both, strict=True):
+        assert two == pytest.approx(one['results'], rel=1e-4, abs=1e-5)
 
 
 # Avatars.
@@ -369,8 +384,9 @@ def test_cameras_turn_about_the_head(subject):
 
 def test_standard_errors_leave_out_what_is_no_number():
     mean, error = mean_and_error(torch.tensor([1.0, 3.0, float('nan')]))
-    assert (mean, error) == (2.0, 1.0)
+    assert (mean, error) == pytest.approx((2.0, 1.0))
     assert all(np.isnan(x) for x in mean_and_error(torch.tensor([float('nan')])))
+    assert np.isnan(mean_and_error(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]))[1])
     assert [avatar.split_count(num) for num in (10_000, 8, 3)] == [(500, 20), (2, 4), (3, 1)]
 
 
@@ -446,8 +462,9 @@ def test_bad_input_is_told_in_one_line(network, people, weights, tmp_path):
     assert 'found nothing there' in refused(usual[0], f'--data={tmp_path}/none', '--metrics=depth')
     other = f'--topology_path={ROOT}/tests/data/simple_head/head_template.obj'
     assert "expected the network's own mesh" in refused(*usual, '--metrics=depth', other)
+    given = measure.make_subject(None, open_source(people, None), Ranks())
     with pytest.raises(MetricError, match=f'expected 5000 pictures in the data set, found {COUNT}'):
-        distribution.measure(measure.make_subject(None, open_source(people, None), Ranks()), 'fid', 'mobilenet', 5000)
+        next(registry.measure(['depth', 'fid5k_mobilenet'], given))  # Before depth is drawn.
 
 
 def test_other_data_than_the_network_draws_is_told_in_one_line(network, people, weights, tmp_path):
@@ -466,6 +483,53 @@ def test_other_data_than_the_network_draws_is_told_in_one_line(network, people, 
     assert 'got depth' in refused('--reals', *folder, '--metrics=depth')
 
 
+def test_standard_errors_know_what_goes_together():
+    """Repeating values adds nothing; errors of effects of latents and items are the spread of other draws."""
+    values, items = torch.randn(30, generator=torch.Generator().manual_seed(0)), torch.arange(30)
+    once, repeated = mean_and_error(values), mean_and_error(values.repeat(9), items.repeat(9))
+    assert repeated == pytest.approx(once) and mean_and_error(values.repeat(9))[1] < 0.4 * once[1]
+    table = values.view(6, 5)
+    each = mean_and_error(table.flatten(), items // 5, items)  # No item twice: latents alone matter.
+    assert each[1] == pytest.approx(float(table.mean(dim=1).double().std()) / 6**0.5)
+    rng, found = np.random.default_rng(1), []
+    latent, item = np.divmod(np.arange(400), 20)
+    for _ in range(200):
+        drawn = rng.normal(size=20)[latent] + rng.normal(size=20)[item] + rng.normal(size=400)
+        found.append(mean_and_error(*(torch.from_numpy(x) for x in (drawn, latent, item))))
+    means, errors = np.array(found).T
+    assert 0.85 < np.sqrt(np.mean(errors**2)) / means.std() < 1.15
+
+
+@pytest.fixture
+def tf32():
+    """TF32 for everything, as training with --precision=tf32 chooses it; tells what is chosen."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    yield lambda: (cudnn.allow_tf32, matmul.allow_tf32)
+    cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_what_is_kept_does_not_depend_on_tf32(tf32, subject, weights):
+    seen = []
+
+    def note(*_):
+        seen.append(tf32())
+
+    pictures, networks = subject.pictures([0]), (MobileNetFeatures().eval(), features.InceptionFeatures().eval())
+    for network in (*networks, estimators.load_estimator(weights)):
+        inner = network.regressor if hasattr(network, 'regressor') else next(network.children())
+        inner.register_forward_hook(note)
+        with torch.no_grad():
+            network(pictures)
+    assert seen == [(False, False)] * 3
+    note()
+    with pytest.raises(KeyError), without_tf32():
+        raise KeyError
+    note()
+    assert seen[3:] == [(True, True)] * 2
+
+
 def test_content_of_folders_and_packed_sets_is_hashed(people, tmp_path):
     small = tmp_path / 'small'
     words = [f'--out={small}', '--count=2', '--resolution=32', '--workers=1']
@@ -478,6 +542,13 @@ def test_content_of_folders_and_packed_sets_is_hashed(people, tmp_path):
     assert measure.content_digest(source, [0, 1]) != before
     packed = open_source(people, None)
     assert measure.content_digest(packed, [0]) != measure.content_digest(packed, [1])
+    shutil.copytree(people, tmp_path / 'other')
+    with zipfile.ZipFile(people / 'images.zip') as before, zipfile.ZipFile(tmp_path / 'other/images.zip', 'w') as after:
+        for number, name in enumerate(packed.names):  # One picture is another one, and the manifest does not tell.
+            after.writestr(name, before.read(packed.names[1] if number == 0 else name))
+    other = open_source(tmp_path / 'other', None)
+    assert measure.content_digest(packed, [0]) != measure.content_digest(other, [0])
+    assert measure.content_digest(packed, [2, 5]) == measure.content_digest(other, [2, 5])
 
 
 def test_training_measures_its_snapshots(people, tmp_path):
@@ -493,6 +564,64 @@ def test_training_measures_its_snapshots(people, tmp_path):
     assert 'animation_leak' in (run / 'metric-animation-2.jsonl').read_text()
     missing = CliRunner().invoke(train_next3d.main, [*words, '--metrics=kid5k', '--fresh'])
     assert missing.exit_code != 0 and 'pt_inception' in missing.output and missing.output.count('\n') == 1
+
+
+@torchmetrics_only
+def test_each_snapshot_of_a_run_is_measured_anew(people, tmp_path, monkeypatch):
+    """Its metrics share pictures, those of the next snapshot are others; what fails then does not end the run."""
+    monkeypatch.setattr(features, 'load_network', lambda *_: tiny_network())
+    words = [f'--data={people}', f'--outdir={tmp_path}/runs', '--cfg=toy', '--device=cpu', '--workers=0', '--batch=2',
+             '--kimg=0.006', '--tick=0.002', '--snap=1', '--neural_rendering_resolution_initial=8', '--glr=0.05',
+             f'--topology-path={TEMPLATE}', '--metrics=kid5k_mobilenet-12, fid5k_mobilenet-12,aed-4,apd-4']  # fmt: skip
+    measured, driven = [], avatar.driven
+
+    def noted(subject, count):
+        measured.append(count)
+        if len(measured) > 2:
+            raise MetricError('the third time it cannot')
+        return driven(subject, count)
+
+    for name in ('aed', 'apd'):
+        monkeypatch.setitem(registry.METRICS, name, registry.METRICS[name]._replace(measure=noted))
+    monkeypatch.setattr(avatar, 'driven', noted)
+    result = CliRunner().invoke(train_next3d.main, words)
+    assert result.exit_code == 0, (result.output, result.exception)
+    run = next((tmp_path / 'runs').iterdir())
+
+    def values(name):
+        lines = (run / f'metric-{name}.jsonl').read_text().splitlines()
+        return [json.loads(line)['results'][name.split('-')[0]] for line in lines]
+
+    for name in ('kid5k_mobilenet-12', 'fid5k_mobilenet-12'):
+        found = values(name)
+        # The average of weights moves slowly in three steps: the pictures differ by little, but they do.
+        assert len(found) == 3 and len(set(found)) == 3, (name, found)
+    assert len(measured) == 4 and [len(set(values(name))) for name in ('aed-4', 'apd-4')] == [2, 2]
+    for name in ('aed-4', 'apd-4'):
+        assert f'{name}: not measured: the third time it cannot' in (run / 'log.txt').read_text()
+
+
+def test_what_a_data_set_lacks_is_told_before_training(people, tmp_path):
+    shutil.copytree(people, tmp_path / 'bare')
+    (tmp_path / 'bare' / 'coefficients.npz').unlink()
+    words = [f'--outdir={tmp_path}/runs', '--cfg=toy', '--device=cpu', f'--topology-path={TEMPLATE}']
+    for data, metrics, expected in (
+        (people, 'depth-2,aed-100,id,pr5k_mobilenet', 'pr5k_mobilenet: expected 5000 pictures in the data set, found'),
+        (tmp_path / 'bare', 'animation-2', 'expected coefficients.npz'),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, 'load_network', lambda *_: tiny_network())
+            result = CliRunner().invoke(train_next3d.main, [*words, f'--data={data}', f'--metrics={metrics}'])
+        assert result.exit_code != 0 and expected in result.output and result.output.count('\n') == 1
+        assert not (tmp_path / 'runs').exists()
+
+
+def test_reals_are_compared_with_others_only(people, monkeypatch):
+    monkeypatch.setattr(features, 'load_network', lambda *_: tiny_network())
+    words = ('--reals', f'--data={people}', '--device=cpu', '--metrics=pr5k_mobilenet', '--verbose=0')
+    assert 'expected 26 pictures in the data set, found 24' in refused(*words, '--num=13')
+    status, text = invoke(*words, '--num=12')
+    assert status == 0 and json.loads(text)['num_shared'] == 0
 
 
 def test_requests_have_what_the_network_takes(network, people):

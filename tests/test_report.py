@@ -118,6 +118,15 @@ def test_lines_are_printed_and_logged(tmp_path, capsys):
     assert (line['results'], line['nimg'], line['snapshot']) == ({'fid50k': 12.5}, 1000, 'network-snapshot-000001.pkl')
 
 
+def test_metrics_of_later_snapshots_are_taken_back(tmp_path):
+    reporter = Reporter(tmp_path)
+    for nimg in (1000, 2000, 3000):
+        reporter.metric('kid-20', {'kid': nimg / 1e4}, nimg, f'network-snapshot-{nimg // 1000:06d}.pkl')
+    reporter.close()
+    again = Reporter(tmp_path, nimg=2000)
+    assert [again.has_metric('kid-20', nimg) for nimg in (1000, 2000, 3000)] == [True, True, False]
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_once(tmp_path, capsys):
     folder = tmp_path / 'gone'
     reporter = Reporter(folder)

@@ -10,6 +10,10 @@ from training.dataset import HeadDataset
 from training.generator import Next3DGenerator
 
 
+class EvaluationError(ValueError):
+    """A metric that cannot be measured; one line that says why. All processes agree on it."""
+
+
 class Evaluation(NamedTuple):
     """What a metric is given; all processes call it together. The averaged generator is in eval mode on the device.
 
@@ -46,7 +50,7 @@ def names() -> list[str]:
 
 
 def evaluate(name: str, evaluation: Evaluation) -> dict[str, Any]:
-    """Return the numbers of a registered metric; KeyError for another name. NAME-N: with N pictures."""
+    """Return the numbers of a registered metric; KeyError for another name, EvaluationError. NAME-N: N pictures."""
     base, num = split_name(name)
     return _METRICS[base](evaluation._replace(num=num))
 

@@ -236,7 +236,12 @@ class Session:
                 self.trainer.networks.G_ema, self.data, self.ranks, nimg, self.trainer.rendering_resolution,
                 self._snapshot_path(),
             )
-            results = evaluation.evaluate(name, given)
+            try:
+                results = evaluation.evaluate(name, given)
+            except (evaluation.EvaluationError, ToldElsewhereError) as error:  # What was learned is worth more.
+                if self.ranks.is_first:
+                    self.reporter.complain(f'{name}: not measured: {error}')
+                continue
             if self.ranks.is_first:
                 self.reporter.metric(name, results, nimg, self._snapshot_path().name)
 

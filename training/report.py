@@ -2,10 +2,12 @@
 """What people look at while a run trains: status lines, log.txt, stats.jsonl, TensorBoard events."""
 
 import contextlib
+import functools
 import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +44,8 @@ class Reporter:
 
     def __init__(self, folder: pathlib.Path, nimg: int = 0):
         self.folder, self.has_complained = folder, False
-        self._guard(lambda: _cut_stats(folder / STATS_FILE, nimg))
+        for path in (folder / STATS_FILE, *folder.glob('metric-*.jsonl')):
+            self._guard(functools.partial(_cut_stats, path, nimg))
         self._events = self._open_events(nimg)
 
     def say(self, text: str) -> None:
@@ -66,7 +69,9 @@ class Reporter:
         results = {key: value for key, value in results.items() if value is not None}
         self._append(f'metric-{name}.jsonl', json.dumps(line))
         self.say(f'{name}: ' + ', '.join(f'{key} {value:.6g}' for key, value in results.items()))
-        self._scalars({f'Metrics/{key}': value for key, value in results.items()}, nimg)
+        num = re.search(r'-\d+$', name)  # The same metric with two numbers of pictures has two curves.
+        ending = num[0] if num else ''
+        self._scalars({f'Metrics/{key}{ending}': value for key, value in results.items()}, nimg)
 
     def has_metric(self, name: str, nimg: int) -> bool:
         """Tell whether metric-NAME.jsonl has a line for a number of images."""
@@ -227,6 +232,6 @@ def _cut_stats(path, nimg):
         with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
             if json.loads(line)['nimg'] <= nimg:
                 kept.append(line + '\n')
-    temporary = path.with_name('.tmp-stats')
+    temporary = path.with_name(f'.tmp-{path.name}')
     temporary.write_text(''.join(kept), encoding='utf-8')
     os.replace(temporary, path)

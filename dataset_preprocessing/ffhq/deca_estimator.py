@@ -14,6 +14,7 @@ from dataset_preprocessing.ffhq import assets, deca_net
 from geometry.cameras import project_points
 from geometry.meshes import NUM_LANDMARKS, to_world
 from metrics.estimator import Estimate
+from torch_utils.tf32 import without_tf32
 
 
 class DecaEstimator:
@@ -31,6 +32,7 @@ class DecaEstimator:
         self.encoder, self.sha256 = encoder, sha256
 
     @torch.no_grad()
+    @without_tf32()
     def __call__(self, pictures: torch.Tensor, c: torch.Tensor, v: torch.Tensor) -> Estimate:
         """Return the estimate of pictures [N, 3, R, R] uint8 of heads v [N, V + 68, 3] under labels c [N, 25]."""
         place = project_points(to_world(v[:, -NUM_LANDMARKS:]), c)[0].cpu().numpy()
