@@ -178,9 +178,9 @@ def depth(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         ], dim=1)  # fmt: skip
 
     rows = subject.rows(total, 3, work, 'depths')
-    items = torch.tensor(subject.items(range(total)))
-    values = summarise(rows, ('depth_mae', 'depth_bias', 'depth_mse_normalised'), items)
-    return values, {'num_pictures': total, 'num_items': len(items.unique()), 'estimator': 'none: the mesh is rasterised exactly'}
+    names = ('depth_mae', 'depth_bias', 'depth_mse_normalised')
+    values, counts = _by_item(subject, rows, names, 'num_pictures')
+    return values, {**counts, 'estimator': 'none: the mesh is rasterised exactly'}
 
 
 def axis_depth(distance: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -232,9 +232,8 @@ def reprojection(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         return compare_views(here, there, c, c_other, mesh)
 
     rows = subject.rows(total, 3, work, 'views')
-    items = torch.tensor(subject.items(range(total)))
-    values = summarise(rows, ('reprojection_error', 'reprojection_depth', 'reprojection_seen'), items)
-    counts = {'num_pairs': total, 'num_items': len(items.unique())}
+    names = ('reprojection_error', 'reprojection_depth', 'reprojection_seen')
+    values, counts = _by_item(subject, rows, names, 'num_pairs')
     return values, {**counts, 'turn_deg': TURN_DEG, 'estimator': 'none: depths are those of the pictures'}
 
 
@@ -289,11 +288,16 @@ def animation(subject: Subject, count: int) -> tuple[dict[str, float], dict]:
         return torch.stack([inside, outside, outside / inside], dim=1)
 
     rows = subject.rows(total, 3, work, 'moves')
-    items = torch.tensor(subject.items(range(total)))
-    values = summarise(rows, ('animation_inside', 'animation_outside', 'animation_leak'), items)
-    names = ['+'.join(move) for move in MOVES]
-    counts = {'num_pairs': total, 'num_items': len(items.unique())}
-    return values, {**counts, 'moves': names, 'estimator': "none: the region is the rasterised mesh's"}
+    names = ('animation_inside', 'animation_outside', 'animation_leak')
+    values, counts = _by_item(subject, rows, names, 'num_pairs')
+    moves = ['+'.join(move) for move in MOVES]
+    return values, {**counts, 'moves': moves, 'estimator': "none: the region is the rasterised mesh's"}
+
+
+def _by_item(subject, rows, names, kind):
+    """Summarise rows of one picture or pair each; return how many there are, as `kind`, and of how many items, too."""
+    items = torch.tensor(subject.items(range(len(rows))))
+    return summarise(rows, names, items), {kind: len(rows), 'num_items': len(items.unique())}
 
 
 def expect_truth(truth, head) -> None:
