@@ -10,7 +10,6 @@ import click
 import torch
 
 import cli
-import legacy
 import measure
 from metrics import registry
 from metrics.subject import MetricError
@@ -117,22 +116,28 @@ def run_rank(options):
             run(options, ranks)
         return 0
 
-    cli.run_rank(work, (MetricError, legacy.NetworkFileError, click.ClickException))
+    cli.run_rank(work, MetricError)
+
+
+def prepare(options, ranks):
+    """Return what metrics are given; errors for networks and data that cannot be measured."""
+    generator = None
+    if options['network'] is not None:
+        generator = cli.load_next3d(options['network'], ranks.device)
+        check_topology(generator, options['topology_path'])
+    source = open_source(options['data'], options['rdata'])
+    return measure.make_subject(
+        generator, source, ranks, files_of(options), seed=options['seed'], num=options['num'], batch=options['batch'],
+        cache=measure.feature_cache(options['cache']), is_quiet=not options['verbose'],
+    )  # fmt: skip
 
 
 def run(options, ranks):
     """Measure and, in the first process, print."""
-    generator, about = None, {'snapshot': None, 'snapshot_sha256': None}
-    if options['network'] is not None:
-        generator = cli.load_next3d(options['network'], ranks.device)
-        digest = ranks.first_alone(lambda: measure.file_digest(os.path.expanduser(options['network'])))
-        about = {'snapshot': options['network'], 'snapshot_sha256': digest}
-        check_topology(generator, options['topology_path'])
-    source = open_source(options['data'], options['rdata'])
-    subject = measure.make_subject(
-        generator, source, ranks, files_of(options), seed=options['seed'], num=options['num'], batch=options['batch'],
-        cache=measure.feature_cache(options['cache']), is_quiet=not options['verbose'],
-    )  # fmt: skip
+    subject = ranks.first_then_all(lambda: prepare(options, ranks))
+    path = options['network']
+    digest = ranks.first_alone(lambda: path and measure.file_digest(os.path.expanduser(path)))
+    about = {'snapshot': path, 'snapshot_sha256': digest}
     outdir = ranks.first_alone(lambda: options['outdir'] and str(cli.make_outdir(options['outdir'])))
     for line in registry.measure(options['metrics'], subject):
         if ranks.is_first:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -39,6 +40,7 @@ USER_ERRORS = (
 )  # fmt: skip
 LESS_MEMORY = 'fewer images at a time (--batch-gpu, --batch, --grid) or --device=cpu need less'
 USER_STATUS = 3  # Exit status of a process that has told the user what to mend.
+TELLING_S = 2.0  # What another process has to tell is on the screen by then.
 
 
 class Command(click.Command):
@@ -79,20 +81,22 @@ def run_rank(work: Callable[[], int], agreed: type[Exception] | tuple[type[Excep
 
     agreed: errors that all processes raise, and the first one tells.
     """
-    status = 1
+    status, is_silent = 1, False
     try:
         status = work()
     except ToldElsewhereError:
-        status = USER_STATUS
+        status, is_silent = USER_STATUS, True
     except (*USER_ERRORS, OSError, click.ClickException) as error:
-        if int(os.environ['RANK']) == 0 or not isinstance(error, agreed):
+        status, is_silent = USER_STATUS, int(os.environ['RANK']) > 0 and isinstance(error, agreed)
+        if not is_silent:
             click.echo(f'Error: {describe(error)}', err=True)
-        status = USER_STATUS
     except RankLostError as error:
         click.echo(f'Error: {error}', err=True)
         status = LOST_STATUS
     except Exception:  # A defect: shown here, since the launcher tells the exit status alone.
         traceback.print_exc()
+    if is_silent:
+        time.sleep(TELLING_S)  # The launcher ends all processes with the first that ends: not before it is told.
     if status:
         # Not sys.exit: an orderly end would wait for processes that may be gone.
         sys.stdout.flush()

@@ -198,7 +198,7 @@ def expect_data(requests: Sequence[tuple[str, int | None]], source: Source, of_r
     """
     for name, num in requests:
         registry.expect_items(name, num, len(source.names), of_reals)
-    truth = read_truth(source) if requests else None
+    truth = read_truth(source)
     if any(name == 'animation' for name, _ in requests):
         avatar.expect_truth(truth, _head(source.mesh(0).shape[0] - NUM_LANDMARKS, truth))
 
@@ -216,7 +216,7 @@ def _evaluate(name: str, given: evaluation.Evaluation) -> dict[str, Any]:
     return {**line.pop('results'), 'about': {**line, **about}}
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)  # Features of many pictures are not kept beyond the next snapshot's.
 def _subject_of_snapshot(generator, source, ranks, nimg, resolution, num):
     """Metrics of one snapshot share pictures and features; the same weights are others at another nimg."""
     del nimg

@@ -331,7 +331,9 @@ def resolve(options) -> TrainConfig:
     resolution = open_source(data, given.get('rdata')).image(0).shape[-1]
     try:
         preset, given['camera_setup'] = preset_of(cfg, resolution)
-        return make_config(preset, outdir, data, **{**planes_of(given['resume']), **given})
+        if not {'plane_layout', 'blend_planes'} <= given.keys():
+            given = {**planes_of(given['resume']), **given}
+        return make_config(preset, outdir, data, **given)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -58,6 +58,11 @@ def cooperate(ranks):
     assert ranks.agree([ranks.rank, -ranks.rank, 2.5, not other]) == [1, 0, 2.5, 1]
     calls = []
     assert ranks.first_alone(lambda: calls.append(1) or {'path': 'x', 'rank': ranks.rank}) == {'path': 'x', 'rank': 0}
+    start = time.monotonic()
+    assert ranks.first_then_all(lambda: time.sleep(0.5) or ranks.rank) == ranks.rank
+    assert time.monotonic() - start > 0.4 + 0.5 * other  # One after the other.
+    kind, text = raised(ranks.first_then_all, refuse)
+    assert (kind, text) == ('ToldElsewhereError' if other else 'FileNotFoundError', 'no such data')
     assert len(calls) == (0 if other else 1)
     expected = ('ToldElsewhereError' if other else 'FileNotFoundError'), 'no such data'
     assert raised(ranks.first_alone, refuse) == expected

@@ -257,11 +257,21 @@ def test_one_and_two_processes_find_the_same(network, people, weights, tmp_path)
         assert two['results'] == pytest.approx(one['results'], rel=1e-5)
     status, text = invoke(*words, '--seed=1')
     assert [json.loads(line)['results'] for line in text.splitlines()] != [line['results'] for line in alone]
-    # Found in the processes, of which the first tells it.
-    other = f'--topology_path={ROOT}/tests/data/simple_head/head_template.obj'
-    failed = subprocess.run([*command, other], capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize('bad', ['topology', 'network'])
+def test_what_processes_find_is_told_once(network, people, weights, tmp_path, bad):
+    (tmp_path / 'cut.pkl').write_bytes(network.read_bytes()[:-1000])
+    words = {
+        'topology': [f'--network={network}', f'--topology_path={ROOT}/tests/data/simple_head/head_template.obj'],
+        'network': [f'--network={tmp_path}/cut.pkl'],
+    }[bad]
+    command = [sys.executable, str(ROOT / 'calc_metrics.py'), *words, f'--data={people}', '--metrics=depth', '--num=4',
+               '--device=cpu', '--gpus=2']  # fmt: skip
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert failed.returncode != 0 and failed.stderr.count('\n') == 1, failed.stderr
-    assert "expected the network's own mesh" in failed.stderr
+    assert {'topology': "expected the network's own mesh", 'network': 'cut.pkl: '}[bad] in failed.stderr
 
 
 @torchmetrics_only

@@ -94,6 +94,15 @@ class Ranks:
             raise ToldElsewhereError(outcome[1])
         return outcome[0]
 
+    def first_then_all(self, action: Callable[[], T]) -> T:
+        """Run an action in the first process, then in the others; return each one's own result.
+
+        What fails everywhere is raised in the first process alone, and as ToldElsewhereError in the others.
+        """
+        result = []
+        self.first_alone(lambda: result.append(action()))
+        return result[0] if self.is_first else action()
+
     def share(self, content: Any) -> Any:
         """Return the first process's nested dicts and lists of tensors and plain data in all; tensors on the CPU."""
         if self.size == 1:
